@@ -1,0 +1,53 @@
+# `make help` lists the targets. Everything is installed into .venv and nothing outside it.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for each in python3 python3.14 python3.13 python3.12 python3.11; do \
+	command -v $$each >/dev/null 2>&1 \
+	&& $$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& echo $$each && break; done)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
+
+.DELETE_ON_ERROR:
+.PHONY: help install serve test fix bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+install: $(VENV)/.installed  ## create .venv and install nybble into it
+
+serve: $(VENV)/.installed  ## quantize the model on the first run, then serve it (MODEL= HOST= PORT= ARGS=)
+	@exec $(BIN)/nybble serve $(MODEL) $(if $(HOST),--host $(HOST)) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+test: $(VENV)/.developer  ## format, lint, types, import contracts, tests: what CI runs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+fix: $(VENV)/.developer  ## format and repair what ruff can repair
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed  ## measure a running server (URL= ARGS=)
+	@exec $(BIN)/nybble bench $(URL) $(ARGS)
+
+clean:  ## remove .venv, build results and tool caches
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: python3 >= 3.11 not found; name one with PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "error: $(PYTHON) cannot create a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing nybble into $(VENV) (first run only)"
+	@$(PIP) --upgrade --constraint constraints.txt pip
+	@$(PIP) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.developer: $(VENV)/.installed
+	@$(PIP) --constraint constraints.txt --group dev
+	@touch $@

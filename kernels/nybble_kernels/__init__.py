@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: quantized tensors, their packing, and the ops that read them."""

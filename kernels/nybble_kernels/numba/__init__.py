@@ -1,0 +1,1 @@
+"""The CPU decode path: kernels compiled where they run, by Numba and by LLVM through llvmlite."""

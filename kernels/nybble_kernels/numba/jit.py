@@ -1,0 +1,31 @@
+"""Numba with types: the one place that imports its decorators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from numba import njit
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_REASSOCIATE = {"reassoc", "contract", "nsz", "arcp"}  # NaN and infinity keep their meaning
+
+
+def inline(function: F) -> F:
+    """Compile as a part of whoever calls it."""
+    return cast(F, njit(nogil=True, boundscheck=False, error_model="numpy")(function))
+
+
+def fast(function: F) -> F:
+    """The same, and sums may be reordered into vector lanes (always in the same way)."""
+    return cast(F, njit(nogil=True, boundscheck=False, error_model="numpy", fastmath=_REASSOCIATE)(function))
+
+
+def entry(signature: str) -> Callable[[F], F]:
+    """Compile for one signature now, or load it from the cache on disk."""
+
+    def decorate(function: F) -> F:
+        return cast(F, njit(signature, nogil=True, boundscheck=False, error_model="numpy", cache=True)(function))
+
+    return decorate

@@ -1,0 +1,57 @@
+"""How a packed weight lies in memory: the one description that packing, kernels and byte counts share.
+
+A block holds 16 rows. Inputs come in sub-groups of 32 (one activation scale each); a weight group is one or
+more whole sub-groups. Per block, in this order:
+
+    codes    groups x subs x 8 words x 16 rows; a word is four codes of a row. At 4 bits two words share 32 bits,
+             one byte each half: word 2i in the low nibbles, word 2i + 1 in the high ones
+    scales   groups x 16 rows, IEEE half where that is exact, else float32
+    offsets  groups x 16 rows: integer zeros (uint8), or real minimums in the type of the scales
+
+The same for every instruction set, so a packed weight can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROWS = 16  # outputs of a block
+SUB = 32  # inputs of a sub-group
+
+
+@dataclass(frozen=True)
+class Format:
+    """The kinds of quantized block. half: 16-bit scales · minimum: real minimums rather than integer zeros."""
+
+    bits: int  # 4 or 8
+    half: bool
+    minimum: bool
+
+    @property
+    def name(self) -> str:
+        return f"w{self.bits}_{'half' if self.half else 'full'}_{'minimum' if self.minimum else 'zero'}"
+
+    @property
+    def sub_bytes(self) -> int:
+        return ROWS * SUB * self.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        return ROWS * (2 if self.half else 4)
+
+    @property
+    def offset_bytes(self) -> int:
+        return self.scale_bytes if self.minimum else ROWS
+
+    def block_bytes(self, groups: int, subs: int) -> int:
+        return groups * (subs * self.sub_bytes + self.scale_bytes + self.offset_bytes)
+
+
+FORMATS = tuple(Format(b, h, m) for b in (4, 8) for h in (True, False) for m in (False, True))
+
+TILES = (4, 2, 1)  # rows of a batch that one pass over a block serves
+
+
+def activation_bytes(inputs: int) -> int:
+    """A quantized row: int8 [inputs], then per sub-group float32 scale, float32 scale x sum, int32 sum."""
+    return inputs + 12 * (inputs // SUB)

@@ -1,0 +1,101 @@
+"""Compile a module of hand-written IR for one processor, keep the object on disk, and hand out addresses."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llvmlite import binding, ir
+
+from nybble_kernels.numba.dequantize import emit_dequantize
+from nybble_kernels.numba.gemv import emit_gemv
+from nybble_kernels.numba.gemv_float import emit_float
+from nybble_kernels.numba.isa import Isa
+from nybble_kernels.numba.layout import FORMATS, TILES
+
+
+def build_module(isa: Isa) -> str:
+    """The LLVM IR of every block kernel for one instruction set."""
+    module = ir.Module(f"nybble_{isa.name}")
+    for form in FORMATS:
+        for tile in TILES:
+            emit_gemv(module, isa, form, tile)
+        emit_dequantize(module, isa, form)
+    for tile in TILES:
+        emit_float(module, isa, tile)
+    return str(module)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What LLVM compiles for. `host()` is this machine; others can be compiled but not run here."""
+
+    cpu: str
+    features: str
+    triple: str
+
+    @classmethod
+    def host(cls) -> Target:
+        features = binding.get_host_cpu_features().flatten() if _can_ask() else ""
+        return cls(binding.get_host_cpu_name(), features, binding.get_process_triple())
+
+    def machine(self) -> Any:
+        binding.initialize_all_targets()
+        binding.initialize_all_asmprinters()
+        target = binding.Target.from_triple(self.triple)
+        return target.create_target_machine(cpu=self.cpu, features=self.features, opt=3, jit=True)
+
+
+def _can_ask() -> bool:
+    try:
+        binding.get_host_cpu_features()
+    except RuntimeError:
+        return False
+    return True
+
+
+def optimise(text: str, machine: Any) -> Any:
+    """Parse, verify and run the -O3 pipeline."""
+    module = binding.parse_assembly(text)
+    module.triple = machine.triple
+    module.verify()
+    passes = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(module, passes)
+    return module
+
+
+def assembly(isa: Isa, target: Target) -> str:
+    """What the kernels become on another processor, as text."""
+    machine = target.machine()
+    return str(machine.emit_assembly(optimise(build_module(isa), machine)))
+
+
+class Kernels:
+    """The block kernels of one instruction set, loaded: name -> address."""
+
+    def __init__(self, isa: Isa, cache: Path) -> None:
+        self.isa = isa
+        machine = Target.host().machine()
+        self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+        self._engine.add_object_file(binding.ObjectFileRef.from_data(_object(isa, machine, cache)))
+        self._engine.finalize_object()
+
+    def __getitem__(self, name: str) -> int:
+        return int(self._engine.get_function_address(name))
+
+
+def _object(isa: Isa, machine: Any, cache: Path) -> bytes:
+    text = build_module(isa)
+    host = Target.host()
+    key = repr((text, host, binding.llvm_version_info)).encode()
+    path = cache / f"kernels-{isa.name}-{hashlib.sha256(key).hexdigest()[:16]}.o"
+    if path.exists():
+        return path.read_bytes()
+    code: bytes = machine.emit_object(optimise(text, machine))
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    temporary = path.with_suffix(f".{hashlib.sha256(code).hexdigest()[:8]}")
+    temporary.write_bytes(code)
+    temporary.replace(path)
+    return code

@@ -1,0 +1,162 @@
+"""`QuantizedTensor` to packed blocks and back. Every kind of quantized tensor has an exact packed form.
+
+Codes of up to 4 bits are stored in 4, wider ones in 8 with zeros made explicit. Where the groups are not whole
+sub-groups of 32 inputs, or the columns are permuted, inputs are rearranged: packed column c reads input
+`columns[c]`, or nothing (a zero) where that is -1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble_kernels.numba.layout import ROWS, SUB, Format
+from nybble_kernels.quantized import QuantizedTensor
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A quantized weight [outputs, inputs] in blocks of 16 rows; the last block is filled up with zero scales.
+
+    data: uint8, `blocks * form.block_bytes(groups, subs)` · columns: int32 [groups * subs * 32], or None when
+    packed columns are the inputs in order · source: the tensor without its values, to know what it was.
+    """
+
+    data: Tensor
+    form: Format
+    outputs: int
+    inputs: int
+    groups: int
+    subs: int
+    columns: Tensor | None
+    bits: int
+    group_size: int
+    symmetric: bool
+    permutation: Tensor | None
+
+    @property
+    def width(self) -> int:
+        """Inputs as stored, the filling included."""
+        return self.groups * self.subs * SUB
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.outputs // ROWS)
+
+
+def pack(weight: QuantizedTensor) -> Packed:
+    """Lossless: `unpack(pack(w))` has the values of `w`."""
+    group = min(weight.group_size, weight.in_features)
+    groups = weight.scales.shape[1]
+    subs = -(-group // SUB)
+    form = _format(weight)
+    columns = _columns(weight, groups, group, subs)
+    codes = _spread(weight.codes, columns_of_codes(weight, groups, group, subs))
+    blocks = -(-weight.out_features // ROWS)
+    parts = (_pack_codes(codes, form, blocks), *_pack_groups(weight, form, blocks))
+    data = torch.cat([p.reshape(blocks, -1) for p in parts], dim=1).reshape(-1)
+    return Packed(
+        data, form, *weight.shape, groups, subs, columns, weight.bits, weight.group_size, weight.symmetric,
+        weight.permutation,
+    )
+
+
+def unpack(packed: Packed) -> QuantizedTensor:
+    """What was packed."""
+    form, rows = packed.form, packed.outputs
+    data = packed.data.reshape(packed.blocks, form.block_bytes(packed.groups, packed.subs))
+    ends = [packed.groups * packed.subs * form.sub_bytes, packed.groups * form.scale_bytes]
+    codes, scales, offsets = data.split([*ends, packed.groups * form.offset_bytes], dim=1)
+    spread = _unpack_codes(codes.contiguous(), form, packed)[:rows]
+    group = min(packed.group_size, packed.inputs)
+    places = _places(packed.inputs, group, packed.subs)
+    real = _reals(scales, form)[:rows]
+    zeros = minimums = None
+    if form.minimum:
+        minimums = _reals(offsets, form)[:rows]
+    elif not packed.symmetric:
+        zeros = _by_row(offsets.reshape(packed.blocks, packed.groups, ROWS))[:rows]
+    return QuantizedTensor(
+        spread[:, places].contiguous(), real, packed.bits, packed.group_size, zeros, minimums, packed.permutation
+    )
+
+
+def _format(weight: QuantizedTensor) -> Format:
+    reals = [weight.scales] if weight.minimums is None else [weight.scales, weight.minimums]
+    half = all(torch.equal(r.half().float(), r.float()) for r in reals)
+    return Format(4 if weight.bits <= 4 else 8, half, weight.minimums is not None)
+
+
+def _places(inputs: int, group: int, subs: int) -> Tensor:
+    """int64 [inputs]: the packed column of each code column."""
+    k = torch.arange(inputs)
+    return k // group * (subs * SUB) + k % group
+
+
+def columns_of_codes(weight: QuantizedTensor, groups: int, group: int, subs: int) -> Tensor:
+    """int64 [width]: the code column in each packed column, -1 in the filling."""
+    columns = torch.full((groups * subs * SUB,), -1)
+    columns[_places(weight.in_features, group, subs)] = torch.arange(weight.in_features)
+    return columns
+
+
+def _columns(weight: QuantizedTensor, groups: int, group: int, subs: int) -> Tensor | None:
+    columns = columns_of_codes(weight, groups, group, subs)
+    if weight.permutation is not None:
+        columns = torch.where(columns >= 0, weight.permutation[columns.clamp(min=0)], -1)
+    in_order = len(columns) == weight.in_features and torch.equal(columns, torch.arange(len(columns)))
+    return None if in_order else columns.int()
+
+
+def _spread(codes: Tensor, columns: Tensor) -> Tensor:
+    if len(columns) == codes.shape[1] and int(columns.min()) >= 0:
+        return codes
+    return torch.where(columns >= 0, codes[:, columns.clamp(min=0)], 0).to(torch.uint8)
+
+
+def _pack_codes(codes: Tensor, form: Format, blocks: int) -> Tensor:
+    """uint8 [N, width] -> [blocks, sub-groups, words, 16 rows, 4 bytes]."""
+    words = _rows(codes, blocks).reshape(blocks, ROWS, -1, 8, 4).permute(0, 2, 3, 1, 4)
+    if form.bits == 8:
+        return words.contiguous() ^ 0x80
+    return words[:, :, 0::2] | (words[:, :, 1::2] << 4)
+
+
+def _unpack_codes(data: Tensor, form: Format, packed: Packed) -> Tensor:
+    words = data.reshape(packed.blocks, packed.groups * packed.subs, -1, ROWS, 4)
+    words = words ^ 0x80 if form.bits == 8 else torch.stack((words & 15, words >> 4), dim=3).flatten(2, 3)
+    return words.permute(0, 3, 1, 2, 4).reshape(packed.blocks * ROWS, packed.width)
+
+
+def _pack_groups(weight: QuantizedTensor, form: Format, blocks: int) -> tuple[Tensor, Tensor]:
+    """Scales and offsets, [blocks, groups, 16 rows] as bytes."""
+    dtype = torch.float16 if form.half else torch.float32
+
+    def reals(values: Tensor) -> Tensor:
+        return _by_group(_rows(values.to(dtype), blocks)).view(torch.uint8)
+
+    if weight.minimums is not None:
+        return reals(weight.scales), reals(weight.minimums)
+    zeros = torch.full_like(weight.scales, 2 ** (weight.bits - 1)) if weight.zeros is None else weight.zeros
+    return reals(weight.scales), _by_group(_rows(zeros.to(torch.uint8), blocks))
+
+
+def _reals(data: Tensor, form: Format) -> Tensor:
+    values = data.contiguous().view(torch.float16 if form.half else torch.float32)
+    return _by_row(values.reshape(data.shape[0], -1, ROWS)).float()
+
+
+def _by_group(values: Tensor) -> Tensor:
+    return values.reshape(-1, ROWS, values.shape[1]).transpose(1, 2).contiguous()
+
+
+def _by_row(values: Tensor) -> Tensor:
+    return values.transpose(1, 2).reshape(-1, values.shape[1]).contiguous()
+
+
+def _rows(values: Tensor, blocks: int) -> Tensor:
+    """Zero rows up to whole blocks."""
+    missing = blocks * ROWS - values.shape[0]
+    return torch.cat((values, values.new_zeros(missing, values.shape[1]))) if missing else values

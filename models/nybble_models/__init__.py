@@ -1,0 +1,1 @@
+"""What a checkpoint is: specs, families, formats, the loader and the reference decoder."""

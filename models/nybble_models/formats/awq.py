@@ -1,0 +1,102 @@
+"""AWQ, GEMM layout: int32 words of eight 4-bit levels along the outputs (Lin et al. 2024; AutoAWQ's files).
+
+    qweight int32 [K, N/8] · qzeros int32 [K/g, N/8] · scales float16 [K/g, N]
+
+Bits 4i..4i+3 of word c hold output column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]; zeros are stored as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from nybble_kernels.quantized import QuantizedTensor
+from torch import Tensor
+
+from nybble_models.errors import BrokenCheckpoint
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+BITS = 4
+
+
+class AwqCodec:
+    """4-bit, grouped, asymmetric; a symmetric weight is stored with the constant zero 8."""
+
+    method = "awq"
+    names = ("qweight", "qzeros", "scales")
+
+    def decode(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedTensor:
+        bits = settings.get("bits", settings.get("w_bit", BITS))
+        version = str(settings.get("version", "gemm")).lower()
+        if bits != BITS or version != "gemm":
+            raise BrokenCheckpoint(
+                f"AWQ with bits={bits}, version={version!r} is not supported",
+                hint="4-bit checkpoints in the gemm layout are",
+            )
+        qweight, qzeros, scales = (tensors[name] for name in self.names)
+        inputs, outputs = qweight.shape[0], qweight.shape[1] * 8
+        groups = scales.shape[0]
+        if scales.shape[1] != outputs or tuple(qzeros.shape) != (groups, outputs // 8) or inputs % groups:
+            raise BrokenCheckpoint(
+                f"qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)} and scales {list(scales.shape)} "
+                "do not belong together",
+                hint="download the checkpoint again",
+            )
+        zeros = unpack(qzeros)
+        symmetric = not settings.get("zero_point", True) and bool((zeros == 8).all())
+        return QuantizedTensor(
+            codes=unpack(qweight).T.contiguous(),
+            scales=scales.float().T.contiguous(),
+            bits=BITS,
+            group_size=inputs // groups,
+            zeros=None if symmetric else zeros.T.contiguous(),
+        )
+
+    def encode(self, weight: QuantizedTensor) -> dict[str, Tensor]:
+        reason = self.fits(weight.shape, weight.bits, weight.group_size)
+        if reason or weight.minimums is not None or weight.permutation is not None:
+            raise ValueError(reason or "AWQ holds integer zero points in input order only")
+        zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
+        return {
+            "qweight": pack(weight.codes.T),
+            "qzeros": pack(zeros.T),
+            "scales": weight.scales.T.to(torch.float16).contiguous(),
+        }
+
+    def fits(self, shape: tuple[int, int], bits: int, group_size: int) -> str | None:
+        outputs, inputs = shape
+        if bits != BITS:
+            return f"AWQ holds 4-bit weights, not {bits}-bit"
+        if outputs % 8:
+            return f"{outputs} outputs are not a multiple of 8"
+        if inputs % group_size:
+            return f"{inputs} inputs are not a multiple of the group size {group_size}"
+        return None
+
+    def settings(self, bits: int, group_size: int, symmetric: bool, skipped: tuple[str, ...]) -> dict[str, Any]:
+        return {
+            "quant_method": self.method,
+            "version": "gemm",
+            "bits": bits,
+            "group_size": group_size,
+            "zero_point": not symmetric,
+            "sym": symmetric,
+            "desc_act": False,
+            "modules_to_not_convert": list(skipped) or None,
+        }
+
+
+def pack(levels: Tensor) -> Tensor:
+    """uint8 [R, C] with values 0..15 -> int32 [R, C/8]."""
+    nibbles = levels.reshape(levels.shape[0], -1, 8)[:, :, list(ORDER)].to(torch.int64)
+    words = (nibbles << (4 * torch.arange(8))).sum(-1)  # as unsigned 32-bit values
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack(words: Tensor) -> Tensor:
+    """int32 [R, C/8] -> uint8 [R, C]."""
+    nibbles = (words[:, :, None] >> (4 * torch.arange(8, dtype=torch.int32))) & 15
+    columns = torch.empty_like(nibbles)
+    columns[:, :, list(ORDER)] = nibbles
+    return columns.reshape(words.shape[0], -1).to(torch.uint8)

@@ -1,0 +1,118 @@
+"""Stream a checkpoint into `Weights`: tensors by the family's names, quantized linears through their codec."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from nybble_kernels.quantized import Weight, shape_of
+from torch import Tensor
+
+from nybble_models.errors import BrokenCheckpoint, UnsupportedModel
+from nybble_models.families import Family, family_of, spec_of
+from nybble_models.formats import awq
+from nybble_models.formats.codec import Codec
+from nybble_models.spec import ModelSpec
+from nybble_models.weights import Block, Linear, Norm, Weights
+
+CODECS: dict[str, Codec] = {"awq": awq.AwqCodec()}
+
+
+class Source(Protocol):
+    """Where tensors come from: a Hugging Face folder (`Checkpoint`) or a GGUF file (`Gguf`)."""
+
+    config: Mapping[str, Any]  # in Hugging Face's terms, whatever the file says
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def tensor(self, name: str) -> Tensor:
+        """A float or integer tensor by its Hugging Face name. Raises `BrokenCheckpoint`."""
+        ...
+
+
+class Loader:
+    """Reads one model part by part, so that a quantizer never holds more than a block."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.spec: ModelSpec = spec_of(source.config)
+        self.family: Family = family_of(source.config)
+        self.settings: Mapping[str, Any] = source.config.get("quantization_config") or {}
+        self.codec = self._codec()
+
+    def _codec(self) -> Codec | None:
+        method = self.settings.get("quant_method")
+        if method is None:
+            return None
+        if method not in CODECS:
+            raise UnsupportedModel(
+                f"quantization method {method!r} is not supported", hint=f"supported: {', '.join(CODECS)}"
+            )
+        return CODECS[method]
+
+    def embed(self) -> Tensor:
+        return self._shaped(f"{self.family.embed}.weight", (self.spec.vocab_size, self.spec.hidden_size))
+
+    def positions(self) -> Tensor | None:
+        if self.family.positions is None:
+            return None
+        rows = self.spec.max_positions + self.spec.position_offset
+        return self._shaped(f"{self.family.positions}.weight", (rows, self.spec.hidden_size))
+
+    def block(self, layer: int) -> Block:
+        """One decoder block, linears still apart (q, k, v)."""
+        linears = {
+            p: self._linear(self.family.projections[p].format(i=layer), self.spec.shape(p), self.spec.has_bias(p))
+            for p in self.spec.projections
+        }
+        norms = {role: self._norm(name.format(i=layer)) for role, name in self.family.norms.items()}
+        return Block(linears, norms)
+
+    def final_norm(self) -> Norm:
+        return self._norm(self.family.final_norm)
+
+    def head(self) -> Linear | None:
+        if self.spec.tied_head:
+            return None
+        return self._linear(self.family.head, (self.spec.vocab_size, self.spec.hidden_size), False)
+
+    def load(self, progress: Callable[[float], None] | None = None) -> Weights:
+        blocks = []
+        for layer in range(self.spec.num_layers):
+            blocks.append(self.block(layer))
+            if progress:
+                progress((layer + 1) / self.spec.num_layers)
+        return Weights(self.embed(), self.positions(), blocks, self.final_norm(), self.head())
+
+    def _linear(self, name: str, shape: tuple[int, int], biased: bool) -> Linear:
+        weight: Weight
+        if self.codec is not None and f"{name}.{self.codec.names[0]}" in self.source:
+            stored = {n: self.source.tensor(f"{name}.{n}") for n in self.codec.names}
+            try:
+                weight = self.codec.decode(stored, self.settings)
+            except BrokenCheckpoint as error:
+                raise BrokenCheckpoint(f"{name}: {error}", error.hint) from None
+            if not bool(weight.scales.isfinite().all()):
+                raise BrokenCheckpoint(f"{name}.scales holds NaN or infinity", hint="quantize the model again")
+        else:
+            weight = self._shaped(f"{name}.weight", shape)
+        if shape_of(weight) != shape:
+            raise BrokenCheckpoint(
+                f"{name}: expected {list(shape)}, found {list(shape_of(weight))}",
+                hint="config.json and the weights are not of one model",
+            )
+        return Linear(weight, self.source.tensor(f"{name}.bias") if biased else None)
+
+    def _norm(self, name: str) -> Norm:
+        bias = f"{name}.bias"
+        weight = self.source.tensor(f"{name}.weight")
+        return Norm(weight, self.source.tensor(bias) if self.spec.norm == "layer" and bias in self.source else None)
+
+    def _shaped(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        tensor = self.source.tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise BrokenCheckpoint(
+                f"{name}: expected {list(shape)}, found {list(tensor.shape)}",
+                hint="config.json and the weights are not of one model",
+            )
+        return tensor

@@ -1,0 +1,121 @@
+"""Prompts on the CPU: the decoder over dequantized weights, one float matrix in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from nybble_kernels import reference
+from torch import Tensor
+from torch.nn import functional as F
+
+from nybble_models.decoder import Decoder
+from nybble_models.paged import ROWS, PagedCache
+from nybble_models.rotary import rotary_table
+from nybble_models.spec import ModelSpec
+from nybble_models.weights import Block, Weights
+
+FUSED = {("q", "k", "v"): "qkv", ("gate", "up"): "gate_up"}
+
+
+class Packed(Protocol):
+    """A weight that a step holds packed."""
+
+    def dequantize_into(self, out: Tensor) -> None:
+        """Write it as float32 [N, K], partners stacked."""
+        ...
+
+
+class Step(Protocol):
+    """One decode step of a whole model, and access to the weights it holds."""
+
+    weight_bytes_per_step: dict[str, int]
+
+    def step(self, tokens: Tensor, positions: Tensor, tables: Tensor, logits: Tensor) -> None:
+        """int32 [B], int32 [B], int32 [B, blocks] -> float32 [B, V], written in place."""
+        ...
+
+    def linear(self, layer: int, name: str) -> Packed:
+        """"qkv", "o", "gate_up" (or "up") or "down" of a layer."""
+        ...
+
+    def embedding(self, tokens: Tensor) -> Tensor:
+        """int64 [T] -> float32 [T, D]."""
+        ...
+
+    def kv_bytes(self, positions: Sequence[int]) -> int:
+        """Bytes of keys and values that a step at these positions reads."""
+        ...
+
+
+class Prefill(Decoder):
+    """The decoder whose projections are dequantized on the way, in float32 or bfloat16.
+
+    Rows are padded to tiles of 16: below 8 rows a BLAS may sum in another order, and then a prompt's numbers
+    would depend on how it was cut into chunks.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Weights, step: Step, kv: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(spec, weights)
+        self.steps = step
+        self.kv = kv
+        self.dtype = dtype
+        self.layer_of = {id(block): layer for layer, block in enumerate(weights.blocks)}
+        self.biases = {id(b): {names: _stacked_bias(b, names) for names in self._stacks()} for b in weights.blocks}
+        largest = max(outputs * inputs for outputs, inputs in map(self._shape, self._stacks()))
+        self.workspace = torch.empty(largest)
+        if spec.positions == "rotary":
+            self.cos, self.sin = rotary_table(spec, spec.max_positions + ROWS)
+
+    def _stacks(self) -> list[tuple[str, ...]]:
+        first = ("gate", "up") if self.spec.gated else ("up",)
+        return [("q", "k", "v"), ("o",), first, ("down",)]
+
+    def _shape(self, names: Sequence[str]) -> tuple[int, int]:
+        """(outputs, inputs) of projections stacked."""
+        return sum(self.spec.shape(n)[0] for n in names), self.spec.shape(names[0])[1]
+
+    def run(self, tokens: Sequence[int], start: int, table: Sequence[int]) -> Tensor:
+        """Fill the cache with positions `[start, start + T)`; hidden states [T, D] before the final norm."""
+        count = len(tokens)
+        x = self.embed(torch.tensor(tokens, dtype=torch.int64), start)
+        x = F.pad(x, (0, 0, 0, -count % ROWS))
+        cache = PagedCache(self.spec, self.kv, table, start, count)
+        for layer in range(self.spec.num_layers):
+            x = self.block(layer, x, cache)
+        return x[:count]
+
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        x = self.steps.embedding(tokens)
+        if self.weights.positions is not None:
+            first = start + self.spec.position_offset
+            x = x + self.weights.positions[first : first + len(tokens)].float()
+        return x
+
+    def project(self, block: Block, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
+        key = tuple(names)
+        outputs, inputs = self._shape(key)
+        weight = self.workspace[: outputs * inputs].view(outputs, inputs)
+        name = FUSED.get(key, key[0])
+        self.steps.linear(self.layer_of[id(block)], name).dequantize_into(weight)
+        y = F.linear(x.to(self.dtype), weight.to(self.dtype)).float()
+        bias = self.biases[id(block)][key]
+        if bias is not None:
+            y += bias
+        return y.split([self.spec.shape(n)[0] for n in key], dim=-1)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final norm and head over [T, D], rows padded like those of a prompt."""
+        count, head = x.shape[0], self.weights.head
+        x = F.pad(self.norm(self.weights.final_norm, x), (0, 0, 0, -count % ROWS))
+        if head is not None:
+            return reference.linear(x, head.weight, head.bias)[:count]
+        return F.linear(x, self.steps.embedding(torch.arange(self.spec.vocab_size)))[:count]
+
+
+def _stacked_bias(block: Block, names: Sequence[str]) -> Tensor | None:
+    biases = [block.linears[n].bias for n in names]
+    if all(b is None for b in biases):
+        return None
+    return torch.cat([b.float() for b in biases if b is not None])

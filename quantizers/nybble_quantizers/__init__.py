@@ -1,0 +1,1 @@
+"""Offline quantizers: a checkpoint in, a quantized checkpoint and a report out."""

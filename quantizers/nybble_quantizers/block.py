@@ -1,0 +1,142 @@
+"""One decoder block through AWQ: search a scale for every fold, then the range of every group, then round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from nybble_kernels.quantized import QuantizedTensor
+from nybble_models.decoder import Decoder
+from nybble_models.families import Family
+from nybble_models.spec import ModelSpec
+from nybble_models.weights import Block, Linear
+from torch import Tensor
+from torch.nn import functional as F
+
+from nybble_quantizers import awq, clipping, rtn
+from nybble_quantizers.calibrate import Inputs
+from nybble_quantizers.folding import float_weight, fold, foldable, pool, spread
+from nybble_quantizers.scheme import Scheme
+
+UNCLIPPED = ("q", "k")  # attention scores punish an error in one key more than a squared error tells
+
+
+class Window:
+    """Attention within one window of tokens: the decoder's cache for text that is seen once."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        self.start = 0
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+        heads = [t.transpose(0, 1)[None] for t in (query, key, value)]
+        mask = None if window is None else _band(len(query), window)
+        mixed = F.scaled_dot_product_attention(
+            *heads, attn_mask=mask, is_causal=mask is None, scale=self.spec.attention_scale, enable_gqa=True
+        )
+        return mixed[0].transpose(0, 1)
+
+
+def _band(length: int, window: int) -> Tensor:
+    """A token sees itself and the `window - 1` before it."""
+    ones = torch.ones(length, length, dtype=torch.bool)
+    return ones.tril() & ones.triu(1 - window)
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """Where a block stands: the layer, the decoder that runs it, what its linears read."""
+
+    decoder: Decoder
+    family: Family
+    layer: int
+    inputs: Inputs
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.decoder.spec
+
+    def half(self, block: Block, norm: str, rows: Iterable[Tensor]) -> Tensor:
+        """What the attention or the feed-forward half adds to the stream, for inputs past its norm."""
+        if norm == "attention_norm":
+            parts = [self.decoder.attention(block, self.layer, x, Window(self.spec)) for x in rows]
+        else:
+            parts = [self.decoder.mlp(block, x) for x in rows]
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What the search chose for one linear."""
+
+    ratio: float | None = None
+    duo: bool = False
+    clip_share: float | None = None
+    noise: float | None = None  # of the output, over its signal
+
+
+@torch.inference_mode()
+def quantize_block(
+    block: Block, scene: Scene, scheme: Scheme, rounded: frozenset[str]
+) -> tuple[Block, Block, dict[str, Finding]]:
+    """(the folded block in float, the same with `rounded` linears quantized, what was chosen for each)."""
+    findings: dict[str, Finding] = {}
+    for producer, consumers in scene.family.folds:
+        if foldable(scene.spec, producer, consumers) and rounded.issuperset(consumers):
+            choice = _search(block, scene, scheme, producer, consumers)
+            block = fold(block, scene.spec, producer, consumers, choice.scale)
+            _rescale(scene.inputs, consumers[0], spread(scene.spec, producer, choice.scale))
+            findings |= dict.fromkeys(consumers, Finding(choice.ratio, choice.duo))
+    quantized = Block(dict(block.linears), block.norms)
+    for name in rounded:
+        weight, share, noise = _round(name, block.linears[name], scene, scheme)
+        quantized.linears[name] = Linear(weight, block.linears[name].bias)
+        findings[name] = replace(findings.get(name, Finding()), clip_share=share, noise=noise)
+    return block, quantized, findings
+
+
+def _search(
+    block: Block, scene: Scene, scheme: Scheme, producer: str, consumers: tuple[str, ...]
+) -> awq.Choice:
+    weights = [float_weight(block.linears[c]) for c in consumers]
+    seen, spec = scene.inputs, scene.spec
+    read = consumers[0]
+    target = scene.half(block, producer, seen.rows[read]) if producer in block.norms else None
+
+    def loss(scale: Tensor) -> float:
+        columns = spread(spec, producer, scale)
+        tried = [awq.scaled_rounding(w, columns, scheme) for w in weights]
+        if target is None:
+            return awq.output_error(weights[0], tried[0], seen.gram[read])
+        linears = {c: replace(block.linears[c], weight=w) for c, w in zip(consumers, tried, strict=True)}
+        output = scene.half(Block(block.linears | linears, block.norms), producer, seen.rows[read])
+        return float((output - target).square().mean() / target.square().mean().clamp(min=1e-30))
+
+    group = scheme.group(weights[0].shape[1])
+    activation, magnitude = seen.mean[read], awq.magnitude(weights, group)
+    return awq.search(loss, pool(spec, producer, activation), pool(spec, producer, magnitude), scheme.grid)
+
+
+def _rescale(inputs: Inputs, read: str, columns: Tensor) -> None:
+    """The same tokens, seen through the folded producer."""
+    inputs.mean[read] = inputs.mean[read] / columns
+    inputs.gram[read] = inputs.gram[read] / (columns * columns[:, None])
+    inputs.rows[read] = [x / columns for x in inputs.rows[read]]
+
+
+def _round(name: str, linear: Linear, scene: Scene, scheme: Scheme) -> tuple[QuantizedTensor, float, float]:
+    weight = float_weight(linear)
+    gram = scene.inputs.gram[_read_by(name, scene.spec)]
+    clip = scheme.clip and name not in UNCLIPPED
+    group = scheme.group(weight.shape[1])
+    found = clipping.search(weight, gram, scheme.bits, group, scheme.symmetric, clip)
+    quantized = rtn.on_grid(weight, found.levels, group, scheme.symmetric)
+    return quantized, found.share, awq.output_error(weight, quantized.dequantize(), gram)
+
+
+def _read_by(name: str, spec: ModelSpec) -> str:
+    """The name under which the decoder shows this linear's input."""
+    if name in ("q", "k", "v"):
+        return "q"
+    return spec.mlp[0] if name in ("gate", "up") else name

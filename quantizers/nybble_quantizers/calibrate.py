@@ -1,0 +1,102 @@
+"""Calibration: windows of tokens, and what the linears of a block read while they run through it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from nybble_models.errors import ModelError
+from tokenizers import Tokenizer
+from torch import Tensor
+
+SCARCE = 4  # a file with fewer than 1 / SCARCE of the windows asked for is refused
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Token windows without padding, int64 [samples, length], and where they come from."""
+
+    tokens: Tensor
+    origin: str
+
+    def describe(self) -> dict[str, object]:
+        digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
+        samples, length = self.tokens.shape
+        return {"origin": self.origin, "samples": samples, "length": length, "sha256": digest}
+
+
+def read_windows(path: Path, tokenizer: Tokenizer, samples: int, length: int, seed: int) -> Calibration:
+    """Pack the documents of a .txt or .jsonl file end to end and draw windows from all over it.
+
+    Raises `ModelError` when the file is unreadable, not text, or too short.
+    """
+    ids: list[int] = []
+    for encoding in tokenizer.encode_batch(read_documents(path)):
+        ids += encoding.ids
+    found = len(ids) // length
+    if found == 0 or found * SCARCE < samples:
+        raise ModelError(
+            f"{path} holds {len(ids):,} tokens: too short for {samples} windows of {length}",
+            hint=f"give at least {max(1, -(-samples // SCARCE)) * length:,} tokens, or ask for fewer samples",
+        )
+    windows = torch.tensor(ids[: found * length], dtype=torch.int64).view(found, length)
+    chosen = torch.randperm(found, generator=torch.Generator().manual_seed(seed))[:samples]
+    return Calibration(windows[chosen.sort().values], path.name)
+
+
+def read_documents(path: Path) -> list[str]:
+    """.jsonl: the "text" of every line; anything else: the whole file as one document."""
+    try:
+        text = path.read_text(encoding="utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"cannot read {path}: {error}", hint="give a UTF-8 .txt or .jsonl file") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    documents = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            documents.append(_text_of(line, path, number))
+    return documents
+
+
+def _text_of(line: str, path: Path, number: int) -> str:
+    try:
+        row = json.loads(line)
+        text = row["text"]
+    except (ValueError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise ModelError(f'{path}:{number} has no "text"', hint='each line is an object: {"text": "..."}')
+    return text
+
+
+@dataclass(eq=False)
+class Inputs:
+    """What the linears of one block read, by the name under which the decoder shows it.
+
+    mean: mean |x| of each input channel, [K] · gram: XᵀX over all tokens, [K, K] · tokens: how many there
+    were · rows: the inputs themselves of the first `kept` windows, each [T, K].
+    """
+
+    kept: int
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    gram: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def observe(self, projection: str, x: Tensor) -> None:
+        """Add one window: x [T, K]."""
+        before = self.tokens.get(projection, 0)
+        total = before + len(x)
+        mean = x.abs().mean(0)
+        if before == 0:
+            self.mean[projection], self.gram[projection], self.rows[projection] = mean, x.T @ x, []
+        else:
+            self.mean[projection] += (mean - self.mean[projection]) * (len(x) / total)
+            self.gram[projection].addmm_(x.T, x)
+        if len(self.rows[projection]) < self.kept:
+            self.rows[projection].append(x)
+        self.tokens[projection] = total

@@ -1,0 +1,72 @@
+"""Narrowing the range of a group where the finer steps gain more than the cut weights lose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble_quantizers.rtn import Grid, grid, grouped
+
+STEPS = tuple(1 - step / 20 for step in range(1, 11))  # 0.95 down to 0.5 of the range
+CHUNK = 1 << 21  # weights handled at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Clipped:
+    """Levels per row and group, and the share of groups that were narrowed."""
+
+    levels: Grid
+    share: float
+
+
+def search(weight: Tensor, gram: Tensor, bits: int, group_size: int, symmetric: bool, clip: bool) -> Clipped:
+    """The range of every row and group that minimises the error of its part of the output.
+
+        sum over tokens of (x_g · (w_g - ŵ_g))² = (w_g - ŵ_g) H_g (w_g - ŵ_g)ᵀ,   H_g = X_gᵀ X_g
+
+    weight: [N, K] · gram: XᵀX [K, K], of which only the blocks on the diagonal matter. The low and the high
+    end move together first, then each alone.
+    """
+    size = weight.shape[1] + -weight.shape[1] % group_size
+    blocks = _diagonal(gram, size, group_size)
+    rows = max(1, CHUNK // weight.shape[1])
+    parts = [_search(grouped(w, group_size), blocks, bits, symmetric, clip) for w in weight.split(rows)]
+    levels = Grid(torch.cat([p.levels.scales for p in parts]), torch.cat([p.levels.zeros for p in parts]), bits)
+    return Clipped(levels, sum(p.share * len(p.levels.scales) for p in parts) / len(weight))
+
+
+def _diagonal(gram: Tensor, size: int, group_size: int) -> Tensor:
+    """[G, g, g]; inputs that only fill up the last group count for nothing."""
+    padded = gram.new_zeros(size, size)
+    padded[: len(gram), : len(gram)] = gram
+    tiles = padded.unflatten(0, (-1, group_size)).unflatten(2, (-1, group_size))  # [G, g, G, g]
+    return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def _search(groups: Tensor, blocks: Tensor, bits: int, symmetric: bool, clip: bool) -> Clipped:
+    low, high = groups.aminmax(dim=-1)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    best_low, best_high = low, high
+    least = _error(groups, blocks, grid(low, high, bits, symmetric))
+    narrowed = torch.zeros_like(least, dtype=torch.bool)
+    ends = ((True, True),) if symmetric else ((True, True), (True, False), (False, True))
+    for move_low, move_high in ends if clip else ():
+        start_low, start_high = best_low, best_high
+        for step in STEPS:
+            try_low = start_low * step if move_low else start_low
+            try_high = start_high * step if move_high else start_high
+            error = _error(groups, blocks, grid(try_low, try_high, bits, symmetric))
+            better = error < least
+            least = torch.where(better, error, least)
+            best_low = torch.where(better, try_low, best_low)
+            best_high = torch.where(better, try_high, best_high)
+            narrowed |= better
+    return Clipped(grid(best_low, best_high, bits, symmetric), float(narrowed.float().mean()))
+
+
+def _error(groups: Tensor, blocks: Tensor, levels: Grid) -> Tensor:
+    """[N, G, g] on some levels -> what each group costs, [N, G]."""
+    missed = levels.round(groups).sub_(groups).transpose(0, 1)  # [G, N, g]
+    return torch.bmm(missed, blocks).mul_(missed).sum(-1).T

@@ -1,0 +1,109 @@
+"""The folder being written: safetensors shards, and nothing visible before all of it is whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nybble_models.checkpoint import write_json
+from nybble_models.errors import ModelError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD_BYTES = 1 << 30
+
+
+@contextmanager
+def appearing(out: Path, needed: int) -> Iterator[Path]:
+    """A hidden sibling of `out` that takes its name on success and is removed on any failure.
+
+    `needed` bytes are checked for first. Raises `ModelError` in one line where the disk refuses.
+    """
+    if out.exists():
+        raise ModelError(f"{out} exists already", hint="remove it or choose another folder")
+    folder = _sibling(out, needed)
+    try:
+        yield folder
+        _flush(folder)
+        folder.rename(out)
+        _flush_entry(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"cannot write {out}: {error}", hint="is the disk full or read-only?") from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sibling(out: Path, needed: int) -> Path:
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < needed:
+            raise ModelError(
+                f"{out.parent} has {free / 2**20:,.0f} MiB free, about {needed / 2**20:,.0f} MiB are needed",
+                hint="free some space or choose another folder",
+            )
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        folder.chmod(0o755)  # mkdtemp makes it private, and the name it gets later is not
+        return folder
+    except OSError as error:
+        raise ModelError(f"cannot write to {out.parent}: {error}", hint="choose another folder") from None
+
+
+def _flush(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        _flush_entry(path)
+    _flush_entry(folder)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ShardWriter:
+    """Collects tensors and writes a shard whenever enough have come together."""
+
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.limit = limit
+        self.total = 0
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._pending and self._pending_bytes + tensor.nbytes > self.limit:
+            self._write()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += tensor.nbytes
+        self.total += tensor.nbytes
+
+    def _write(self) -> None:
+        save_file(self._pending, self._path(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"shard-{shard}.safetensors"
+
+    def close(self) -> None:
+        """Write what is left and give the shards their final names (and an index if there are several)."""
+        self._write()
+        if len(self._shards) == 1:
+            self._path(0).rename(self.folder / "model.safetensors")
+            return
+        listing: dict[str, str] = {}
+        for shard, names in enumerate(self._shards):
+            file = f"model-{shard + 1:05}-of-{len(self._shards):05}.safetensors"
+            self._path(shard).rename(self.folder / file)
+            listing |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.total}, "weight_map": listing}
+        write_json(self.folder / "model.safetensors.index.json", index)

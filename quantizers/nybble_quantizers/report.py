@@ -1,0 +1,66 @@
+"""What a quantization run did: progress while it runs, `quant_report.json` when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nybble_models.checkpoint import write_json
+
+Stage = Literal["calibrate", "quantize", "write"]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeProgress:
+    """`done` of `total`: positions while calibrating, blocks while quantizing, shards while writing.
+
+    `error` is the relative output error of the block that was just done (noise over signal), where known.
+    """
+
+    stage: Stage
+    done: int
+    total: int
+    seconds_left: float | None = None
+    error: float | None = None
+
+
+Listener = Callable[[QuantizeProgress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One linear. `weight_error` is the relative RMS of the folded weight's rounding; `output_sqnr_db` the
+    signal over noise of the linear's output on the calibration text; `ratio` the exponent of the scale that
+    was folded into its input (None: no scale was better); `clip_share` the groups whose range was narrowed.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    bytes: int
+    weight_error: float
+    output_sqnr_db: float | None = None
+    ratio: float | None = None
+    duo: bool = False
+    clip_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuantReport:
+    """What was made, of what, by which command. Times are left out: same seed, same bytes."""
+
+    source: str
+    scheme: dict[str, Any]
+    seed: int
+    calibration: dict[str, Any] | None
+    versions: dict[str, str]
+    command: str
+    bytes: dict[str, int]
+    bits_per_weight: float
+    skipped: tuple[str, ...]
+    layers: tuple[LayerReport, ...]
+
+    def write(self, directory: Path) -> None:
+        write_json(directory / "quant_report.json", asdict(self))

@@ -1,0 +1,91 @@
+"""The `nybble` command: finds the verb, and turns every failure into one line and a hint."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from cyclopts import App, CycloptsError
+
+import nybble
+from nybble.errors import NybbleError, UsageError
+
+EXAMPLES = """\
+Examples:
+  nybble serve                                   serve the default model on http://127.0.0.1:8000
+  nybble serve ./my-model --port 9000            quantize a Hugging Face folder, then serve it
+  nybble quantize ./my-model -o ./my-model-awq   quantize only
+  nybble chat                                    talk to a running server
+  nybble bench --json result.json                measure a running server
+"""
+
+VERBS = {
+    "serve": "Serve a model over an OpenAI-compatible HTTP API; quantize it first if it is not.",
+    "quantize": "Write a quantized copy of a model.",
+    "bench": "Measure any OpenAI-compatible server: first token, token to token, tokens per second.",
+    "chat": "Chat with a running server in the terminal.",
+    "inspect": "Say what a model folder or file is: method, bits, sizes, memory needed.",
+    "health": "Exit 0 if a server is ready, 1 if not.",
+    "version": "Print the versions of nybble and of what it runs on.",
+}
+
+INTERRUPTED = 130
+
+
+def build_app() -> App:
+    """The verbs by name; a verb's module is imported when it is used."""
+    app = App(name="nybble", help=nybble.__doc__, help_epilogue=EXAMPLES, version=nybble.__version__)
+    for verb, help in VERBS.items():
+        app.command(f"nybble.commands.{verb}:{verb}", name=verb, help=help)
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    app = build_app()
+    try:
+        result = app(
+            list(sys.argv[1:] if argv is None else argv),
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get("NYBBLE_DEBUG") == "1":
+            raise
+        return report(error)
+    return result if isinstance(result, int) else 0
+
+
+def report(error: BaseException) -> int:
+    """Print `error:` and `hint:`, one line each; returns the exit code."""
+    message, hint, code = explain(error)
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return code
+
+
+def explain(error: BaseException) -> tuple[str, str, int]:
+    """What happened, what to do about it, and the exit code."""
+    if isinstance(error, NybbleError):
+        return _one_line(error.message), _one_line(error.hint or ""), error.exit_code
+    if isinstance(error, CycloptsError):
+        message, _, near = _one_line(str(error)).partition(" Did you mean ")
+        hint = f"did you mean {near.split('?')[0]}?" if near else "--help lists what is known"
+        return message, hint, UsageError.exit_code
+    hint = getattr(error, "hint", None)
+    if isinstance(hint, str):  # errors of the floors below, which know nothing of exit codes
+        return _one_line(str(error)), _one_line(hint), UsageError.exit_code
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return where + _one_line(error.strerror or str(error)), "", 1
+    return f"{type(error).__name__}: {_one_line(str(error))}", "NYBBLE_DEBUG=1 shows where", 1
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,1 @@
+"""Block pool, scheduler, runner, sampler and the loop that joins them."""
