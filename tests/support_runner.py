@@ -10,11 +10,12 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from nybble.engine.engine import Engine
 from nybble.engine.request import Delta, Request, SamplingParams
 from nybble.engine.runner import Table
 from nybble.engine.stats import EngineInfo
-from numpy.typing import NDArray
 
 VOCABULARY = 64
 EOS = 63
@@ -24,7 +25,13 @@ class TokenRunner:
     """`fail_on`: a token whose presence in a batch raises. `delay`: seconds a step takes."""
 
     def __init__(
-        self, blocks: int, block_size: int, *, fail_on: int | None = None, nan_on: int | None = None, delay: float = 0
+        self,
+        blocks: int,
+        block_size: int,
+        *,
+        fail_on: int | None = None,
+        nan_on: int | None = None,
+        delay: float = 0,
     ) -> None:
         self.kv = np.full((blocks, block_size), -1, dtype=np.int64)
         self.block_size = block_size
@@ -84,7 +91,9 @@ def info(blocks: int = 64, block_size: int = 4, max_model_len: int = 128) -> Eng
     )  # fmt: skip
 
 
-def make_engine(blocks: int = 64, block_size: int = 4, *, runner: TokenRunner | None = None, **options: Any) -> Engine:
+def make_engine(
+    blocks: int = 64, block_size: int = 4, *, runner: TokenRunner | None = None, **options: Any
+) -> Engine:
     runner = runner or TokenRunner(blocks, block_size)
     return Engine(info(blocks, block_size), runner, **options)
 

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+
 from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_models.families import FAMILIES, spec_of
 from nybble_models.spec import ModelSpec
@@ -61,7 +62,9 @@ def tiny_weights(spec: ModelSpec, *, seed: int = 0, group_size: int | None = 32)
         return Linear(weight, random(outputs, scale=0.3) if spec.has_bias(projection) else None)
 
     def norm(size: int) -> Norm:
-        return Norm(random(size, scale=0.2, shift=1.0), random(size, scale=0.2) if spec.norm == "layer" else None)
+        return Norm(
+            random(size, scale=0.2, shift=1.0), random(size, scale=0.2) if spec.norm == "layer" else None
+        )
 
     def block() -> Block:
         norms = {"attention_norm": norm(spec.hidden_size), "mlp_norm": norm(spec.hidden_size)}
@@ -72,7 +75,9 @@ def tiny_weights(spec: ModelSpec, *, seed: int = 0, group_size: int | None = 32)
     learned = spec.positions == "learned"
     return Weights(
         embed=random(spec.vocab_size, spec.hidden_size),
-        positions=random(spec.max_positions + spec.position_offset, spec.hidden_size, scale=0.3) if learned else None,
+        positions=random(spec.max_positions + spec.position_offset, spec.hidden_size, scale=0.3)
+        if learned
+        else None,
         blocks=[block() for _ in range(spec.num_layers)],
         final_norm=norm(spec.hidden_size),
         head=None if spec.tied_head else Linear(random(spec.vocab_size, spec.hidden_size)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,11 +93,15 @@ class QuantizedTensor:
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """The linear that makes outputs `[start, stop)` only (a shard, or one partner of a fused weight)."""
-        cut = {name: None if (v := getattr(self, name)) is None else v[start:stop] for name in _PER_ROW}
+        cut: dict[str, Any] = {
+            name: None if (v := getattr(self, name)) is None else v[start:stop] for name in _PER_ROW
+        }
         return replace(self, **cut)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        moved = {name: None if (v := getattr(self, name)) is None else v.to(device) for name in _TENSORS}
+        moved: dict[str, Any] = {
+            name: None if (v := getattr(self, name)) is None else v.to(device) for name in _TENSORS
+        }
         return replace(self, **moved)
 
     @property
@@ -115,12 +120,12 @@ Weight = Tensor | QuantizedTensor
 
 
 def cat(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    """Stack partners along the outputs (q, k, v -> qkv). They must share bits, group, kind and permutation."""
+    """Stack partners along the outputs (q, k, v -> qkv). They share bits, group, kind and permutation."""
     first = parts[0]
     for part in parts[1:]:
         if not compatible(first, part):
             raise ValueError(f"cannot fuse {first.describe()} with {part.describe()}")
-    stacked = {
+    stacked: dict[str, Any] = {
         name: None if getattr(first, name) is None else torch.cat([getattr(p, name) for p in parts])
         for name in _PER_ROW
     }

@@ -39,7 +39,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """silu: x·σ(x) · gelu: x·Φ(x) · gelu_tanh: its tanh approximation · relu: max(x, 0)."""
+    """silu: x·sigmoid(x) · gelu: x·Φ(x) · gelu_tanh: its tanh approximation · relu: max(x, 0)."""
     x = x.float()
     if kind == "silu":
         return F.silu(x)

@@ -22,7 +22,8 @@ SMALL_ROWS = 16  # above, the int4 op loses to dequantize-then-matmul (measured 
 class PackedLinear(Protocol):
     """A weight in the layout its kernel reads."""
 
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """x: [T, K] -> [T, N], both float32. Row t depends on `x[t]` only, bit for bit."""
@@ -37,8 +38,8 @@ class PackedLinear(Protocol):
 class Int4Linear:
     """linear_w4a16: y = x Wᵀ with 4-bit groups and bfloat16 activations, on `_weight_int4pack_mm_for_cpu`.
 
-    The op means w = (code - 8) · scale + zero with bfloat16 scale and zero, so float16 scales are rounded once
-    more here; `dequantize_into` gives what the op computes with.
+    The op means w = (code - 8) · scale + zero with bfloat16 scale and zero, so float16 scales are rounded
+    once more here; `dequantize_into` gives what the op computes with.
     """
 
     packed: Tensor
@@ -127,9 +128,7 @@ def _pack_int4(weight: QuantizedTensor) -> Int4Linear:
     packed: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes.to(torch.int32), 1)
     zeros = weight.offsets() + 8 * weight.scales
     both = torch.stack([weight.scales, zeros], dim=-1)  # [N, G, 2]
-    return Int4Linear(
-        packed, weight.codes, both.transpose(0, 1).contiguous().bfloat16(), weight.group_size
-    )
+    return Int4Linear(packed, weight.codes, both.transpose(0, 1).contiguous().bfloat16(), weight.group_size)
 
 
 def quantize_rows(weight: Tensor, group_size: int | None = None) -> QuantizedTensor:
@@ -138,7 +137,7 @@ def quantize_rows(weight: Tensor, group_size: int | None = None) -> QuantizedTen
     Head matrices are held this way: at 8 bits a row the error is below that of bfloat16 activations.
     """
     group = group_size or weight.shape[1]
-    groups = weight.float().unflatten(1, (-1, group))  # [N, G, g]
+    groups = weight.float().view(weight.shape[0], -1, group)  # [N, G, g]
     scales = groups.abs().amax(-1).clamp_min(1e-12) / 127
     codes = (groups / scales.unsqueeze(-1)).round().clamp(-127, 127) + 128
     return QuantizedTensor(codes.flatten(1).to(torch.uint8), scales, 8, group)

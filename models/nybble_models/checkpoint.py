@@ -82,7 +82,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise BrokenCheckpoint(f"{path} is missing", hint="is this a model folder?") from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise BrokenCheckpoint(f"{path} is not valid JSON ({error})", hint="download the file again") from None
+        raise BrokenCheckpoint(
+            f"{path} is not valid JSON ({error})", hint="download the file again"
+        ) from None
     if not isinstance(value, dict):
         raise BrokenCheckpoint(f"{path} does not hold an object", hint="download the file again")
     return value

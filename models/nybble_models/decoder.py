@@ -9,15 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from nybble_kernels import reference
 from torch import Tensor
 
+from nybble_kernels import reference
 from nybble_models.rotary import rotary_table
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Norm, Weights
 
 Observer = Callable[[str, Tensor], None]
-"""`observe(projection, x)` sees the input [T, K] of a linear as the block runs ("q" stands for q, k and v)."""
+"""`observe(projection, x)` sees the input [T, K] of a linear as the block runs ("q" for q, k and v)."""
 
 
 class Cache(Protocol):
@@ -52,7 +52,10 @@ class Decoder:
     def __init__(self, spec: ModelSpec, weights: Weights) -> None:
         self.spec = spec
         self.weights = weights
-        self.cos, self.sin = rotary_table(spec, spec.max_positions) if spec.positions == "rotary" else (None, None)
+        self.cos: Tensor | None = None
+        self.sin: Tensor | None = None
+        if spec.positions == "rotary":
+            self.cos, self.sin = rotary_table(spec, spec.max_positions)
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """int64 [T] at positions [start, start + T) -> [T, D]."""
@@ -77,7 +80,7 @@ class Decoder:
         if observe:
             observe("q", x)
         query, key, value = (
-            part.unflatten(-1, (-1, spec.head_dim)) for part in self.project(block, ("q", "k", "v"), x)
+            part.view(x.shape[0], -1, spec.head_dim) for part in self.project(block, ("q", "k", "v"), x)
         )
         if spec.qk_norm:
             query, key = (self.norm(block.norms[n], t) for n, t in (("q_norm", query), ("k_norm", key)))
@@ -116,7 +119,9 @@ class Decoder:
         """Final norm and head: [T, D] -> float32 [T, V]."""
         head = self.weights.head
         x = self.norm(self.weights.final_norm, x)
-        return reference.linear(x, self.weights.embed if head is None else head.weight, head.bias if head else None)
+        return reference.linear(
+            x, self.weights.embed if head is None else head.weight, head.bias if head else None
+        )
 
     def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Logits [T, V] of T tokens that continue `cache` (or start a sequence)."""

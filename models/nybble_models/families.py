@@ -12,32 +12,6 @@ from nybble_models.spec import Activation, ModelSpec, RotaryScaling
 Config = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Family:
-    """One row. Names hold `{i}` where the layer number goes; they leave off `.weight` and `.bias`.
-
-    `facts` turns a Hugging Face config into the spec fields in which families differ.
-    `folds` are the pairs AWQ and SmoothQuant may move a scale across: producer -> the linears it feeds.
-    """
-
-    name: str
-    architectures: tuple[str, ...]
-    facts: Callable[[Config], dict[str, Any]]
-    embed: str = "model.embed_tokens"
-    positions: str | None = None
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-    norms: Mapping[str, str] = field(default_factory=lambda: _LLAMA_NORMS)
-    projections: Mapping[str, str] = field(default_factory=lambda: _LLAMA_PROJECTIONS)
-    folds: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ("attention_norm", ("q", "k", "v")),
-        ("v", ("o",)),
-        ("mlp_norm", ("gate", "up")),
-        ("up", ("down",)),
-    )
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry
-
-
 _LLAMA_NORMS = {
     "attention_norm": "model.layers.{i}.input_layernorm",
     "mlp_norm": "model.layers.{i}.post_attention_layernorm",
@@ -61,6 +35,32 @@ _OPT_PROJECTIONS = {
     "up": "model.decoder.layers.{i}.fc1",
     "down": "model.decoder.layers.{i}.fc2",
 }
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row. Names hold `{i}` where the layer number goes; they leave off `.weight` and `.bias`.
+
+    `facts` turns a Hugging Face config into the spec fields in which families differ.
+    `folds` are the pairs AWQ and SmoothQuant may move a scale across: producer -> the linears it feeds.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    facts: Callable[[Config], dict[str, Any]]
+    embed: str = "model.embed_tokens"
+    positions: str | None = None
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    norms: Mapping[str, str] = field(default_factory=_LLAMA_NORMS.copy)
+    projections: Mapping[str, str] = field(default_factory=_LLAMA_PROJECTIONS.copy)
+    folds: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("attention_norm", ("q", "k", "v")),
+        ("v", ("o",)),
+        ("mlp_norm", ("gate", "up")),
+        ("up", ("down",)),
+    )
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry
 
 
 def _llama(config: Config) -> dict[str, Any]:
@@ -128,9 +128,9 @@ def _opt(config: Config) -> dict[str, Any]:
 
 def _rotary(config: Config) -> dict[str, Any]:
     """The fields that Llama and its relatives share."""
-    parameters = config.get("rope_parameters") or {}
+    parameters: Config = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or parameters
-    theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
     return {
         "intermediate_size": config["intermediate_size"],
         "norm_eps": config.get("rms_norm_eps", 1e-6),
@@ -146,7 +146,9 @@ def _scaling(scaling: Mapping[str, Any], config: Config) -> RotaryScaling | None
     if kind in ("default", None):
         return None
     if kind not in ("linear", "llama3", "yarn"):
-        raise UnsupportedModel(f"rotary scaling {kind!r} is not supported", hint="linear, llama3 and yarn are")
+        raise UnsupportedModel(
+            f"rotary scaling {kind!r} is not supported", hint="linear, llama3 and yarn are"
+        )
     trained = scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings", 8192)
     return RotaryScaling(
         kind=kind,
@@ -204,11 +206,20 @@ def family_of(config: Config) -> Family:
 
 
 def spec_of(config: Config) -> ModelSpec:
-    """Read the facts from a Hugging Face config. Raises `UnsupportedModel` where a field has no meaning here."""
+    """Read the facts from a Hugging Face config. Raises `UnsupportedModel` for what is not known here."""
     family = family_of(config)
+    try:
+        return ModelSpec(family=family.name, **(_sizes(config) | family.facts(config)))
+    except KeyError as error:
+        raise UnsupportedModel(
+            f"config.json has no {error.args[0]!r}", hint="is the file complete?"
+        ) from None
+
+
+def _sizes(config: Config) -> dict[str, Any]:
+    """The fields that every family spells alike."""
     heads = config["num_attention_heads"]
-    common = {
-        "family": family.name,
+    return {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
         "num_layers": config["num_hidden_layers"],
@@ -217,7 +228,3 @@ def spec_of(config: Config) -> ModelSpec:
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
         "max_positions": config.get("max_position_embeddings", 2048),
     }
-    try:
-        return ModelSpec(**(common | family.facts(config)))
-    except KeyError as error:
-        raise UnsupportedModel(f"config.json has no {error.args[0]!r}", hint="is the file complete?") from None

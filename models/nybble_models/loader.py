@@ -1,13 +1,13 @@
-"""Stream a checkpoint into `Weights`: tensors by the family's names, quantized linears through their codec."""
+"""Stream a checkpoint into `Weights`: tensors by the family's names, quantized ones through their codec."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from nybble_kernels.quantized import Weight, shape_of
 from torch import Tensor
 
+from nybble_kernels.quantized import Weight, shape_of
 from nybble_models.errors import BrokenCheckpoint, UnsupportedModel
 from nybble_models.families import Family, family_of, spec_of
 from nybble_models.formats import awq
@@ -21,7 +21,10 @@ CODECS: dict[str, Codec] = {"awq": awq.AwqCodec()}
 class Source(Protocol):
     """Where tensors come from: a Hugging Face folder (`Checkpoint`) or a GGUF file (`Gguf`)."""
 
-    config: Mapping[str, Any]  # in Hugging Face's terms, whatever the file says
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """In Hugging Face's terms, whatever the file says."""
+        ...
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -62,7 +65,9 @@ class Loader:
     def block(self, layer: int) -> Block:
         """One decoder block, linears still apart (q, k, v)."""
         linears = {
-            p: self._linear(self.family.projections[p].format(i=layer), self.spec.shape(p), self.spec.has_bias(p))
+            p: self._linear(
+                self.family.projections[p].format(i=layer), self.spec.shape(p), self.spec.has_bias(p)
+            )
             for p in self.spec.projections
         }
         norms = {role: self._norm(name.format(i=layer)) for role, name in self.family.norms.items()}
@@ -93,7 +98,9 @@ class Loader:
             except BrokenCheckpoint as error:
                 raise BrokenCheckpoint(f"{name}: {error}", error.hint) from None
             if not bool(weight.scales.isfinite().all()):
-                raise BrokenCheckpoint(f"{name}.scales holds NaN or infinity", hint="quantize the model again")
+                raise BrokenCheckpoint(
+                    f"{name}.scales holds NaN or infinity", hint="quantize the model again"
+                )
         else:
             weight = self._shaped(f"{name}.weight", shape)
         if shape_of(weight) != shape:
@@ -106,7 +113,9 @@ class Loader:
     def _norm(self, name: str) -> Norm:
         bias = f"{name}.bias"
         weight = self.source.tensor(f"{name}.weight")
-        return Norm(weight, self.source.tensor(bias) if self.spec.norm == "layer" and bias in self.source else None)
+        return Norm(
+            weight, self.source.tensor(bias) if self.spec.norm == "layer" and bias in self.source else None
+        )
 
     def _shaped(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.source.tensor(name)

@@ -27,7 +27,7 @@ def bytes_per_token(spec: ModelSpec) -> int:
 
 
 class PagedCache:
-    """One sequence's view of the cache while a chunk of its prompt runs: positions `[start, start + count)`."""
+    """A sequence's view of the cache while a chunk of its prompt runs, positions `[start, start + count)`."""
 
     def __init__(self, spec: ModelSpec, kv: Tensor, table: Sequence[int], start: int, count: int) -> None:
         block_size = kv.shape[3]

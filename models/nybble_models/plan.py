@@ -74,7 +74,7 @@ def plan(
         length = min(length, tokens)
     if tokens < min(length, block_size) or tokens < max_model_len:
         raise MemoryError(
-            f"{weights + workspace + length * per_token:,} bytes are needed for one sequence of {length} tokens"
+            f"{weights + workspace + length * per_token:,} bytes are needed for a sequence of {length} tokens"
         )
     tokens -= tokens % block_size
     return MemoryPlan(weights, tokens * per_token, workspace, tokens, min(length, tokens))

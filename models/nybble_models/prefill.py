@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from nybble_kernels import reference
 from torch import Tensor
 from torch.nn import functional as F
 
+from nybble_kernels import reference
 from nybble_models.decoder import Decoder
 from nybble_models.paged import ROWS, PagedCache
 from nybble_models.rotary import rotary_table
@@ -37,7 +37,7 @@ class Step(Protocol):
         ...
 
     def linear(self, layer: int, name: str) -> Packed:
-        """"qkv", "o", "gate_up" (or "up") or "down" of a layer."""
+        """ "qkv", "o", "gate_up" (or "up") or "down" of a layer."""
         ...
 
     def embedding(self, tokens: Tensor) -> Tensor:
@@ -62,7 +62,9 @@ class Prefill(Decoder):
         self.kv = kv
         self.dtype = dtype
         self.layer_of = {id(block): layer for layer, block in enumerate(weights.blocks)}
-        self.biases = {id(b): {names: _stacked_bias(b, names) for names in self._stacks()} for b in weights.blocks}
+        self.biases = {
+            id(b): {names: _stacked_bias(b, names) for names in self._stacks()} for b in weights.blocks
+        }
         largest = max(outputs * inputs for outputs, inputs in map(self._shape, self._stacks()))
         self.workspace = torch.empty(largest)
         if spec.positions == "rotary":
@@ -103,7 +105,7 @@ class Prefill(Decoder):
         bias = self.biases[id(block)][key]
         if bias is not None:
             y += bias
-        return y.split([self.spec.shape(n)[0] for n in key], dim=-1)
+        return torch.split(y, [self.spec.shape(n)[0] for n in key], dim=-1)
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head over [T, D], rows padded like those of a prompt."""

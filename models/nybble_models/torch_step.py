@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from nybble_kernels import torch_cpu
-from nybble_kernels.quantized import Weight, dense
-from nybble_kernels.torch_cpu import PackedLinear
 from torch import Tensor
 from torch.nn import functional as F
 
+from nybble_kernels import torch_cpu
+from nybble_kernels.quantized import Weight, dense
+from nybble_kernels.torch_cpu import PackedLinear
 from nybble_models.decoder import Decoder
 from nybble_models.paged import PagedCache
 from nybble_models.prefill import FUSED, Packed
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Weights, fuse
-
 
 Packer = Callable[[Weight], PackedLinear]
 
@@ -36,7 +35,7 @@ class Stack:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def dequantize_into(self, out: Tensor) -> None:
-        for linear, rows in zip(self.linears, out.split(self.rows), strict=True):
+        for linear, rows in zip(self.linears, torch.split(out, self.rows), strict=True):
             linear.dequantize_into(rows)
 
 
@@ -59,7 +58,7 @@ class BatchCache:
 
 
 class TorchStep(Decoder):
-    """Packs a model for PyTorch's CPU ops. `head`: the output matrix, of whatever kind it is to be kept in."""
+    """Packs a model for PyTorch's CPU ops. `head`: the output matrix, of the kind it is to be kept in."""
 
     def __init__(
         self, spec: ModelSpec, weights: Weights, kv: Tensor, head: Weight, pack: Packer = torch_cpu.pack
@@ -68,7 +67,9 @@ class TorchStep(Decoder):
         self.kv = kv
         first = ("gate", "up") if spec.gated else ("up",)
         stacks = (("q", "k", "v"), ("o",), first, ("down",))
-        self.packed = [{FUSED.get(n, n[0]): Stack(block, n, pack) for n in stacks} for block in weights.blocks]
+        self.packed = [
+            {FUSED.get(n, n[0]): Stack(block, n, pack) for n in stacks} for block in weights.blocks
+        ]
         self.layer_of = {id(block): layer for layer, block in enumerate(weights.blocks)}
         self.head = pack(head)
         self.table = self.cos, self.sin
@@ -99,7 +100,7 @@ class TorchStep(Decoder):
     def project(self, block: Block, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
         key = tuple(names)
         y = self.packed[self.layer_of[id(block)]][FUSED.get(key, key[0])](x)
-        return y.split([self.spec.shape(n)[0] for n in key], dim=-1)
+        return torch.split(y, [self.spec.shape(n)[0] for n in key], dim=-1)
 
     def linear(self, layer: int, name: str) -> Packed:
         return self.packed[layer][name]

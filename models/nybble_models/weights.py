@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from nybble_kernels.quantized import QuantizedTensor, Weight, cat, compatible, shape_of
 from torch import Tensor
+
+from nybble_kernels.quantized import QuantizedTensor, Weight, cat, compatible, shape_of
 
 
 @dataclass(slots=True)
@@ -28,7 +29,7 @@ class Norm:
 
 @dataclass(slots=True)
 class Block:
-    """One decoder block: linears by projection name ("q" ... "down"), norms by role ("attention_norm" ...)."""
+    """One decoder block: linears by projection ("q" ... "down"), norms by role ("attention_norm" ...)."""
 
     linears: dict[str, Linear] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)

@@ -13,11 +13,11 @@ from nybble.errors import NybbleError, UsageError
 
 EXAMPLES = """\
 Examples:
-  nybble serve                                   serve the default model on http://127.0.0.1:8000
-  nybble serve ./my-model --port 9000            quantize a Hugging Face folder, then serve it
-  nybble quantize ./my-model -o ./my-model-awq   quantize only
-  nybble chat                                    talk to a running server
-  nybble bench --json result.json                measure a running server
+  nybble serve                                 serve the default model on port 8000
+  nybble serve ./my-model --port 9000          quantize a Hugging Face folder, serve it
+  nybble quantize ./my-model -o ./my-model-4   quantize only
+  nybble chat                                  talk to a running server
+  nybble bench --json result.json              measure a running server
 """
 
 VERBS = {
@@ -35,9 +35,16 @@ INTERRUPTED = 130
 
 def build_app() -> App:
     """The verbs by name; a verb's module is imported when it is used."""
-    app = App(name="nybble", help=nybble.__doc__, help_epilogue=EXAMPLES, version=nybble.__version__)
+    app = App(
+        name="nybble",
+        help=nybble.__doc__,
+        help_epilogue=EXAMPLES,
+        help_format="plaintext",
+        version=nybble.__version__,
+        suppress_keyboard_interrupt=False,
+    )
     for verb, help in VERBS.items():
-        app.command(f"nybble.commands.{verb}:{verb}", name=verb, help=help)
+        app.command(f"nybble.commands.{verb}:{verb}", name=verb, help=help, help_epilogue="")
     return app
 
 
@@ -78,9 +85,9 @@ def explain(error: BaseException) -> tuple[str, str, int]:
         message, _, near = _one_line(str(error)).partition(" Did you mean ")
         hint = f"did you mean {near.split('?')[0]}?" if near else "--help lists what is known"
         return message, hint, UsageError.exit_code
-    hint = getattr(error, "hint", None)
-    if isinstance(hint, str):  # errors of the floors below, which know nothing of exit codes
-        return _one_line(str(error)), _one_line(hint), UsageError.exit_code
+    advice = getattr(error, "hint", None)
+    if isinstance(advice, str):  # errors of the floors below, which know nothing of exit codes
+        return _one_line(str(error)), _one_line(advice), UsageError.exit_code
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return where + _one_line(error.strerror or str(error)), "", 1

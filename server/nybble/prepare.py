@@ -8,18 +8,16 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from nybble_models.checkpoint import read_json
-from nybble_models.hub import fetch
-
 import nybble
 from nybble.config import ServeConfig
 from nybble.engine.protocol import Progress
-from nybble.errors import UsageError
+from nybble_models.checkpoint import read_json
+from nybble_models.hub import fetch
 
 
 def prepare(config: ServeConfig, progress: Progress) -> Path:
     """The folder to serve. Raises `UsageError` and the floors' own errors."""
-    source = fetch(config.model, config.cache_path, lambda part: progress("fetch", part))
+    source = fetch(config.model, config.cache_path, lambda text: progress(text, 0.0))
     if source.is_dir() and (quantized(source) or config.quantization == "none"):
         return source
     target = config.cache_path / "models" / f"{_stem(source)}-{_label(config)}-{_key(source, config)}"
@@ -37,10 +35,8 @@ def _quantize(source: Path, target: Path, config: ServeConfig, progress: Progres
     from nybble_quantizers.pipeline import quantize
     from nybble_quantizers.scheme import Scheme
 
-    if config.quantization not in ("awq", "rtn", "none"):
-        raise UsageError(f"quantization: {config.quantization!r} is unknown", hint="awq, rtn or none")
     scheme = Scheme(
-        method=config.quantization,
+        method=config.quantization,  # type: ignore[arg-type]  # the config has checked it
         bits=config.bits,
         group_size=config.group_size,
         symmetric=config.symmetric,
@@ -51,7 +47,7 @@ def _quantize(source: Path, target: Path, config: ServeConfig, progress: Progres
         target,
         scheme,
         calibration=config.calibration,
-        progress=lambda event: progress(f"quantize ({event.phase})", event.fraction),
+        progress=lambda event: progress(f"quantize: {event.stage}", event.done / max(event.total, 1)),
     )
 
 

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import pytest
+
 from nybble.engine.engine import Engine
 from nybble.errors import ContextLengthExceeded, EngineStopped, InvalidRequest, QueueFull
 from support_runner import EOS, Collector, TokenRunner, make_engine, request, solo

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from nybble.engine.request import SamplingParams
 from nybble.engine.sampler import NanLogits, Sampler, largest, logprob
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+
 from nybble_models import paged
 from nybble_models.decoder import Decoder
 from nybble_models.prefill import Prefill
@@ -47,7 +50,7 @@ def test_prefill_in_chunks_is_bit_equal(family: str, cuts: tuple[int, ...]) -> N
     _, _, cut = runners(family)
     expected = whole.run(tokens, 0, TABLE)
     edges = [0, *cuts, len(tokens)]
-    parts = [cut.run(tokens[a:b], a, TABLE) for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [cut.run(tokens[a:b], a, TABLE) for a, b in itertools.pairwise(edges)]
     assert torch.equal(torch.cat(parts), expected)
     assert torch.equal(cut.kv, whole.kv)
 

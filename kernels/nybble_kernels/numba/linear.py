@@ -39,31 +39,23 @@ def gemv(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -> N
             left = rows - row
             step = 4 if left >= 4 else 2 if left >= 2 else 1
             kernel = get_i64(op, FIRST + (2 if step == 4 else 3 if step == 2 else 4))
-            call_kernel(kernel, weights, get_i64(op, FIRST + 5) + row * x_stride, x_stride, scratch, 4 * ROWS, groups, subs)
+            x = get_i64(op, FIRST + 5) + row * x_stride
+            call_kernel(kernel, weights, x, x_stride, scratch, 4 * ROWS, groups, subs)
             for m in range(step):
                 target = y + (row + m) * y_stride + 4 * ROWS * block
-                finish(scratch + 4 * ROWS * m, target, count, bias + 4 * ROWS * block if bias else 0, residual)
+                finish(scratch + 4 * ROWS * m, target, count, bias + 4 * ROWS * block if bias != 0 else 0, residual)
             row += step
 
 
 @inline
 def dequantize(op: int, low: int, high: int) -> None:
-    """Blocks [low, high). Arguments: weights, bytes of a block, kernel, out, bytes between rows, first row,
-    rows, groups, subs. The first row may lie inside a block.
+    """Blocks [low, high). Arguments: weights, bytes of a block, kernel, out, bytes between rows, outputs,
+    groups, subs.
     """
-    first, rows = get_i64(op, FIRST + 5), get_i64(op, FIRST + 6)
-    stride = get_i64(op, FIRST + 4)
-    start = first // ROWS
-    for block in range(start + low, start + high):
-        begin = max(first, block * ROWS)
-        count = min(first + rows, (block + 1) * ROWS) - begin
-        call_kernel(
-            get_i64(op, FIRST + 2),
-            get_i64(op, FIRST) + block * get_i64(op, FIRST + 1),
-            get_i64(op, FIRST + 3) + (begin - first) * stride,
-            stride,
-            begin - block * ROWS,
-            count,
-            get_i64(op, FIRST + 7),
-            get_i64(op, FIRST + 8),
-        )
+    stride, outputs = get_i64(op, FIRST + 4), get_i64(op, FIRST + 5)
+    for block in range(low, high):
+        weights = get_i64(op, FIRST) + block * get_i64(op, FIRST + 1)
+        out = get_i64(op, FIRST + 3) + ROWS * block * stride
+        count = min(ROWS, outputs - ROWS * block)
+        kernel, groups, subs = get_i64(op, FIRST + 2), get_i64(op, FIRST + 6), get_i64(op, FIRST + 7)
+        call_kernel(kernel, weights, out, stride, 0, count, groups, subs)

@@ -90,7 +90,7 @@ def _atomic(arguments: int, generate: Callable[..., Any]) -> Callable[..., int]:
     """An operation on the int64 at an address, sequentially consistent."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return generate(builder, builder.inttoptr(args[0], ir.PointerType()), *args[1:])
+        return generate(builder, builder.inttoptr(args[0], _I64.as_pointer()), *args[1:])
 
     def one(typing: Any, address: Any) -> Any:
         return types.int64(types.int64), code
@@ -124,11 +124,12 @@ def relax(typing: Any) -> Any:
     """Tell the processor that this is a spin loop."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        hint = {"x86": "pause", "i386": "pause", "aarch": "yield"}
-        triple = builder.module.triple
-        text = next((v for k, v in hint.items() if triple.startswith(k)), "")
-        if text:
-            builder.asm(ir.FunctionType(ir.VoidType(), []), text, "~{memory}", [], True)
+        if builder.module.triple.startswith(("x86_64", "i686")):
+            name = "llvm.x86.sse2.pause"
+            pause = builder.module.globals.get(name)
+            if pause is None:
+                pause = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), []), name)
+            builder.call(pause, [])
         return context.get_dummy_value()
 
     return types.void(), code

@@ -18,9 +18,10 @@ CLOSED = 0xFFFFFFFF
 SPINS = 200  # of about 40 ns, then the core is offered to others
 IDLE_SPINS = 500  # before a worker without a step goes to sleep
 
-# The words of a pool, in int64s, each in its own cache line. STEP is `step << 16 | rows`.
-STEP, STOP, YIELD, WAIT, POST, WORKERS = 0, 8, 16, 17, 18, 24
-PARKED, SEMAPHORE, WORKER = 0, 8, 16  # of one worker
+# The words of a pool, as int64 numbers. STEP is `step << 24 | program << 16 | rows`.
+STEP, STOP, YIELD, WAIT, POST, PROGRAMS, WORKERS = 0, 8, 16, 17, 18, 24, 48
+OPS, COUNT, WORDS, PROGRAM = 0, 1, 2, 4  # of a program: its ops, how many, the two words of each
+PARKED, SEMAPHORE, WORKER = 0, 8, 16  # of a worker, in a cache line each
 
 
 @inline
@@ -49,10 +50,10 @@ def finish_units(word: int, step: int, count: int) -> None:
 
 @inline
 def await_units(word: int, step: int, total: int, pool: int) -> None:
-    """Return when the op is complete (or its step is over)."""
+    """Return when the op is complete, or its step is over: a late thread may see the `total` of a later one."""
     target = step << 32 | total
     spins = 0
-    while atomic_get(word) < target:
+    while atomic_get(word) < target and atomic_get(pool + 8 * STEP) >> 24 == step:
         spins += 1
         if spins < SPINS:
             relax()

@@ -19,7 +19,23 @@ from nybble_kernels.numba.linear import dequantize, gemv
 from nybble_kernels.numba.memory import atomic_get, atomic_set, get_i64
 from nybble_kernels.numba.norm import norm
 from nybble_kernels.numba.place import place
-from nybble_kernels.numba.pool import COUNTERS, STEP, STOP, WORKER, WORKERS, await_units, finish_units, next_step, take, wake
+from nybble_kernels.numba.pool import (
+    COUNT,
+    COUNTERS,
+    OPS,
+    PROGRAM,
+    PROGRAMS,
+    STEP,
+    STOP,
+    WORDS,
+    WORKER,
+    WORKERS,
+    await_units,
+    finish_units,
+    next_step,
+    take,
+    wake,
+)
 from nybble_kernels.numba.quantize import quantize
 
 
@@ -46,45 +62,57 @@ def execute(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -
 
 
 @inline
-def walk(ops: int, count: int, frame: int, rows: int, pool: int, counters: int, step: int, thread: int) -> None:
-    """All ops in order; between two ops everything of the first is finished. pool 0: no other threads."""
-    scratch = get_i64(frame, SCRATCH) + thread * get_i64(frame, SCRATCH_STRIDE)
-    for i in range(count):
-        op = ops + 8 * RECORD * i
-        total = get_i64(op, PER_ROW) * rows + get_i64(op, FIXED)
-        if pool == 0:
-            execute(op, frame, rows, scratch, 0, total)
-            continue
-        taken = counters + 8 * COUNTERS * i
-        done = taken + 4 * COUNTERS
-        chunk = get_i64(op, CHUNK)
-        while True:
+def share(op: int, frame: int, rows: int, scratch: int, pool: int, taken: int, step: int) -> None:
+    """Do the units of an op that no other thread takes, then wait for theirs. Step 0: there are no others."""
+    done = taken + 4 * COUNTERS
+    total = get_i64(op, PER_ROW) * rows + get_i64(op, FIXED)
+    chunk = get_i64(op, CHUNK) if step != 0 else total
+    low = 0
+    while True:
+        if step != 0:
             low = take(taken, step, total, chunk)
-            if low < 0:
-                break
-            high = min(low + chunk, total)
-            execute(op, frame, rows, scratch, low, high)
-            finish_units(done, step, high - low)
-        await_units(done, step, total, pool)
+        if low < 0:
+            break
+        high = min(low + chunk, total)
+        execute(op, frame, rows, scratch, low, high)
+        if step == 0:
+            return
+        finish_units(done, step, high - low)
+    await_units(done, step, total, pool)
 
 
-def lead(ops: int, count: int, frame: int, rows: int, pool: int, counters: int, workers: int) -> None:
-    """Run a step in the calling thread, with whichever workers join in."""
-    if pool == 0:
-        walk(ops, count, frame, rows, 0, 0, 0, 0)
-        return
-    step = (atomic_get(pool + 8 * STEP) >> 16) + 1
-    atomic_set(pool + 8 * STEP, step << 16 | rows)
+@inline
+def walk(pool: int, frame: int, program: int, rows: int, step: int, thread: int) -> None:
+    """All ops in order; between two ops everything of the first is finished."""
+    scratch = get_i64(frame, SCRATCH) + thread * get_i64(frame, SCRATCH_STRIDE)
+    held = pool + 8 * (PROGRAMS + PROGRAM * program)
+    ops, count, words = get_i64(held, OPS), get_i64(held, COUNT), get_i64(held, WORDS)
+    for i in range(count):
+        share(ops + 8 * RECORD * i, frame, rows, scratch, pool, words + 8 * COUNTERS * i, step)
+
+
+@inline
+def publish(pool: int, program: int, rows: int, workers: int) -> int:
+    """Make a step known to the workers; the word that describes it."""
+    if workers == 0:
+        return program << 16 | rows
+    word = ((atomic_get(pool + 8 * STEP) >> 24) + 1) << 24 | program << 16 | rows
+    atomic_set(pool + 8 * STEP, word)
     wake(pool, workers)
-    walk(ops, count, frame, rows, pool, counters, step, 0)
+    return word
 
 
-def follow(ops: int, count: int, frame: int, pool: int, counters: int, number: int) -> None:
-    """The life of worker `number` (from 1): join steps until told to stop."""
+def run(pool: int, frame: int, program: int, rows: int, workers: int, number: int) -> None:
+    """Thread 0 runs a program over `rows` rows, with whichever workers join in. Thread `number` from 1 is a
+    worker for life: it joins one step after another until told to stop.
+    """
     worker = pool + 8 * (WORKERS + WORKER * (number - 1))
     word = 0
     while True:
-        word = next_step(pool, worker, word)
-        if atomic_get(pool + 8 * STOP):
+        word = publish(pool, program, rows, workers) if number == 0 else next_step(pool, worker, word)
+        if number != 0 and atomic_get(pool + 8 * STOP) != 0:
             return
-        walk(ops, count, frame, word & 0xFFFF, pool, counters, word >> 16, number)
+        if word != 0:
+            walk(pool, frame, (word >> 16) & 0xFF, word & 0xFFFF, word >> 24, number)
+        if number == 0:
+            return

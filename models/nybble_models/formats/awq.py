@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from nybble_kernels.quantized import QuantizedTensor
 from torch import Tensor
 
+from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.errors import BrokenCheckpoint
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -74,7 +74,9 @@ class AwqCodec:
             return f"{inputs} inputs are not a multiple of the group size {group_size}"
         return None
 
-    def settings(self, bits: int, group_size: int, symmetric: bool, skipped: tuple[str, ...]) -> dict[str, Any]:
+    def settings(
+        self, bits: int, group_size: int, symmetric: bool, skipped: tuple[str, ...]
+    ) -> dict[str, Any]:
         return {
             "quant_method": self.method,
             "version": "gemm",

@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from nybble_kernels.quantized import QuantizedTensor
 from torch import Tensor
+
+from nybble_kernels.quantized import QuantizedTensor
 
 
 class Codec(Protocol):
     """Names are local to one linear ("qweight", not "model.layers.0.….qweight"). Inputs are not modified."""
 
-    method: str  # `quantization_config.quant_method`
-    names: tuple[str, ...]  # the tensors a quantized linear consists of, bias aside
+    @property
+    def method(self) -> str:
+        """`quantization_config.quant_method`"""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that a quantized linear consists of, bias aside."""
+        ...
 
     def decode(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedTensor:
         """Raises `BrokenCheckpoint` when shapes or settings contradict each other."""
@@ -27,6 +35,8 @@ class Codec(Protocol):
         """Why a linear of this shape cannot be stored, or None."""
         ...
 
-    def settings(self, bits: int, group_size: int, symmetric: bool, skipped: tuple[str, ...]) -> dict[str, Any]:
+    def settings(
+        self, bits: int, group_size: int, symmetric: bool, skipped: tuple[str, ...]
+    ) -> dict[str, Any]:
         """The `quantization_config` that goes into config.json."""
         ...

@@ -20,4 +20,4 @@ WORDS = (
 def prompt(tokens: int, seed: int) -> str:
     """About `tokens` tokens; different seeds differ from the first word on."""
     draw = random.Random(seed)
-    return " ".join([str(draw.randrange(100, 1000)), *draw.choices(WORDS, k=max(tokens - 2, 1))])
+    return " ".join([str(draw.randrange(100, 1000)), *draw.choices(WORDS, k=max(tokens - 1, 0))])

@@ -21,10 +21,8 @@ from nybble.commands.address import ADDRESS_HELP, base_url
 from nybble.errors import UsageError
 from nybble.progress import Display, display
 
-HEADS = (
-    *("streams", "requests", "failed", "first p50", "first p99"),
-    *("next p50", "next p99", "stream tok/s", "tok/s"),
-)
+HEADS = ("streams", "requests", "failed", "first", "p99", "next", "p99", "tok/s each", "tok/s all")
+CAPTION = "first, next: median ms to the first token and from token to token, each with its 99th percentile"
 
 
 def bench(
@@ -39,7 +37,10 @@ def bench(
     chat: Annotated[bool, Parameter(help="use chat completions instead of completions", negative=())] = False,
     seed: Annotated[int, Parameter(help="seed of the prompts")] = 0,
     api_key: Annotated[str | None, Parameter(help="key to send; default: OPENAI_API_KEY")] = None,
-    json_: Annotated[Path | None, Parameter(name="--json", help="file for the result; - prints it")] = None,
+    json_: Annotated[
+        Path | None,
+        Parameter(name="--json", help="file for the result; - prints it", allow_leading_hyphen=True),
+    ] = None,
 ) -> None:
     """Measure any OpenAI-compatible server: first token, token to token, tokens per second."""
     if min((*concurrency, prompt_tokens, max_tokens)) < 1 or requests < 0:
@@ -117,12 +118,12 @@ def print_table(target: http.Target, summaries: list[Summary]) -> None:
 
     lengths = f"{summaries[0].prompt_tokens:.0f} tokens in, {target.max_tokens} out"
     title = f"{target.model} at {target.url}, {lengths}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption=CAPTION, caption_justify="left")
     for head in HEADS:
         table.add_column(head, justify="right")
     for each in summaries:
         first, after = each.first_token_ms, each.inter_token_ms
-        times = (f"{value:.1f} ms" for value in (first["p50"], first["p99"], after["p50"], after["p99"]))
+        times = (f"{value:.1f}" for value in (first["p50"], first["p99"], after["p50"], after["p99"]))
         rates = (f"{each.stream_rate:.1f}", f"{each.total_rate:.1f}")
         table.add_row(str(each.concurrency), str(each.requests), str(each.failed), *times, *rates)
     Console(highlight=False).print(table)

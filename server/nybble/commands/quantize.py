@@ -44,7 +44,7 @@ def quantize(
         raise UsageError(f"{output}: exists already", hint="name another folder with -o, or remove it")
     log.configure("warning")
     from nybble_models.hub import fetch
-    from nybble_quantizers import pipeline
+    from nybble_quantizers.pipeline import quantize as write
     from nybble_quantizers.scheme import Scheme
 
     scheme = Scheme(
@@ -60,9 +60,7 @@ def quantize(
         local = fetch(
             source, ServeConfig(cache_dir=cache_dir).cache_path, lambda text: shown.update(text, 0.0)
         )
-        report = pipeline.quantize(
-            local, output, scheme, calibration=calibration, seed=seed, progress=Steps(shown)
-        )
+        report = write(local, output, scheme, calibration=calibration, seed=seed, progress=Steps(shown))
         shown.close()
     print(summary(output, report))
 

@@ -11,15 +11,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from nybble_kernels.quantized import QuantizedTensor, Weight
-from nybble_kernels.torch_cpu import quantize_rows
-from nybble_models import paged
-from nybble_models.checkpoint import Checkpoint, read_json
-from nybble_models.loader import Loader
-from nybble_models.plan import MemoryPlan, Quantization, plan
-from nybble_models.prefill import Prefill, Step
-from nybble_models.spec import ModelSpec
-from nybble_models.weights import Weights
 
 from nybble.config import ServeConfig
 from nybble.engine.bandwidth import available_memory, read_bandwidth
@@ -29,6 +20,15 @@ from nybble.engine.protocol import Progress
 from nybble.engine.stats import EngineInfo
 from nybble.errors import UsageError
 from nybble.prepare import prepare
+from nybble_kernels.quantized import QuantizedTensor, Weight
+from nybble_kernels.torch_cpu import quantize_rows
+from nybble_models import paged
+from nybble_models.checkpoint import Checkpoint, read_json
+from nybble_models.loader import Loader
+from nybble_models.plan import MemoryPlan, Quantization, plan
+from nybble_models.prefill import Prefill, Step
+from nybble_models.spec import ModelSpec
+from nybble_models.weights import Weights
 
 log = logging.getLogger("nybble.engine")
 
@@ -73,7 +73,9 @@ def build_engine(config: ServeConfig, progress: Progress) -> Engine:
     runner = CpuRunner(step, prefill, max_batch=config.max_num_seqs, weight_bytes=weights.nbytes())
     timer("warm-up", lambda: warm_up(runner))
     bandwidth = timer("bandwidth", lambda: read_bandwidth(threads))
-    info = describe(config, directory, loader, weights, step, kernels, prefill, planned, bandwidth, timer.seconds)
+    info = describe(
+        config, directory, loader, weights, step, kernels, prefill, planned, bandwidth, timer.seconds
+    )
     engine = Engine(
         info,
         runner,
@@ -94,11 +96,13 @@ def _plan(config: ServeConfig, loader: Loader) -> MemoryPlan:
         linears = Quantization(bits, int(settings.get("group_size", 128)), 16 + bits)
     if config.max_model_len > loader.spec.max_positions:
         raise UsageError(
-            f"max_model_len: {config.max_model_len} is more than the model's {loader.spec.max_positions} positions",
+            f"max_model_len: {config.max_model_len} exceeds the model's {loader.spec.max_positions} positions",
             hint="lower it, or leave it out",
         )
     if config.block_size % paged.ROWS:
-        raise UsageError(f"block_size: {config.block_size} is not a multiple of {paged.ROWS}", hint="16 is the default")
+        raise UsageError(
+            f"block_size: {config.block_size} is not a multiple of {paged.ROWS}", hint="16 is the default"
+        )
     try:
         return plan(
             loader.spec,
@@ -123,7 +127,9 @@ def head_of(weights: Weights, bits: int) -> Weight:
     if bits == 16 or isinstance(stored, QuantizedTensor):
         return stored
     if bits != 8:
-        raise UsageError(f"head_bits: {bits} is not supported", hint="8 or 16; a 4-bit head costs too much quality")
+        raise UsageError(
+            f"head_bits: {bits} is not supported", hint="8 or 16; a 4-bit head costs too much quality"
+        )
     grouped = stored.shape[1] % HEAD_GROUP == 0
     return quantize_rows(stored, HEAD_GROUP if grouped else None)
 
@@ -222,5 +228,3 @@ def eos_token_ids(directory: Path, loader: Loader) -> tuple[int, ...]:
     if found is None:
         return ()
     return tuple(found) if isinstance(found, list) else (int(found),)
-
-

@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from nybble_models.prefill import Prefill, Step
 from numpy.typing import NDArray
 
 from nybble.engine.runner import Table
+from nybble_models.prefill import Prefill, Step
 
 
 class CpuRunner:
     """Buffers are made once for `max_batch` rows; a step writes into them."""
 
-    def __init__(self, step: Step, prefill: Prefill, *, max_batch: int, weight_bytes: Mapping[str, int]) -> None:
+    def __init__(
+        self, step: Step, prefill: Prefill, *, max_batch: int, weight_bytes: Mapping[str, int]
+    ) -> None:
         spec, kv = prefill.spec, prefill.kv
         self._step = step
         self._prefill = prefill
@@ -32,7 +34,9 @@ class CpuRunner:
 
     def score(self, tokens: Sequence[int], start: int, table: Table) -> NDArray[np.float32]:
         with torch.inference_mode():
-            logits: NDArray[np.float32] = self._prefill.logits(self._prefill.run(tokens, start, table)).numpy()
+            logits: NDArray[np.float32] = self._prefill.logits(
+                self._prefill.run(tokens, start, table)
+            ).numpy()
         return logits
 
     def decode(

@@ -141,7 +141,7 @@ class Engine:
                 sequence.sink(Delta(time.monotonic(), finish="abort"))
 
     def step(self) -> None:
-        """One turn: take what came in, then move every decoding sequence by a token and prompts by a chunk."""
+        """One turn: take what came in, move every decoding sequence by a token, then prompts by a chunk."""
         with self._wake:
             if not self._inbox and not self._sequences and not self._stopping:
                 self._wake.wait(IDLE_SECONDS)
@@ -169,7 +169,9 @@ class Engine:
             item.sink(Delta(time.monotonic(), finish="error", error=f"request id {item.id!r} is in use"))
         else:
             self._sequences[item.id] = item
-            self._samplers[item.id] = Sampler(item.request.params, item.request.prompt, self.info.eos_token_ids)
+            self._samplers[item.id] = Sampler(
+                item.request.params, item.request.prompt, self.info.eos_token_ids
+            )
             self._counters["prompt_tokens"] += item.prompt_length
             self._scheduler.add(item)
 
@@ -294,5 +296,9 @@ class Engine:
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         """End one request; the others never notice."""
         log.error("request %s failed", sequence.id, exc_info=error)
-        text = "the model produced NaN" if isinstance(error, NanLogits) else "an internal error ended this request"
+        text = (
+            "the model produced NaN"
+            if isinstance(error, NanLogits)
+            else "an internal error ended this request"
+        )
         self._finish(sequence, "error", error=text)

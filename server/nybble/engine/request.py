@@ -1,4 +1,4 @@
-"""The records that cross between the HTTP layer and the engine. Plain Python: importing this needs no torch."""
+"""The records that cross between the HTTP layer and the engine. Plain Python: no torch."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ Table = Sequence[int]
 
 
 class Runner(Protocol):
-    """One thread calls it. Each row's numbers depend on its own sequence only, bit for bit."""
+    """One thread calls it. A row's numbers depend on its own sequence only, bit for bit."""
 
     def prefill(self, tokens: Sequence[int], start: int, table: Table) -> None:
-        """Compute keys and values of prompt positions `[start, start + len(tokens))`; those before are held."""
+        """Compute keys and values of positions `[start, start + len(tokens))`; those before are held."""
         ...
 
     def score(self, tokens: Sequence[int], start: int, table: Table) -> NDArray[np.float32]:

@@ -22,9 +22,9 @@ class Sampler:
     """The sampling state of one sequence.
 
     Order of operations, as in the OpenAI API and its common extensions: logit bias, repetition, frequency and
-    presence penalties; then temperature, top-k, top-p, min-p; then one draw. Log probabilities are those of the
-    model, before any of it. Draws come from Philox(seed, position): equal seeds give equal text, whatever runs
-    beside it.
+    presence penalties; then temperature, top-k, top-p, min-p; then one draw. Log probabilities are those of
+    the model, before any of it. Draws come from Philox(seed, position): equal seeds give equal text, whatever
+    runs beside it.
     """
 
     def __init__(self, params: SamplingParams, prompt: tuple[int, ...], eos: tuple[int, ...]) -> None:

@@ -38,7 +38,13 @@ class Scheduler:
     """Sequences wait, run, and are taken back when blocks run out (the youngest first)."""
 
     def __init__(
-        self, pool: BlockPool, *, block_size: int, max_sequences: int, max_tokens: int, prefix_cache: bool = True
+        self,
+        pool: BlockPool,
+        *,
+        block_size: int,
+        max_sequences: int,
+        max_tokens: int,
+        prefix_cache: bool = True,
     ) -> None:
         self.pool = pool
         self.block_size = block_size
@@ -65,11 +71,11 @@ class Scheduler:
         chunks: list[Chunk] = []
         for sequence in self.running:
             budget = self._plan_chunk(sequence, budget, chunks)
-        while budget > 0 and (sequence := self._admit()) is not None:
-            if sequence.prefilling:
-                budget = self._plan_chunk(sequence, budget, chunks)
+        while budget > 0 and (admitted := self._admit()) is not None:
+            if admitted.prefilling:
+                budget = self._plan_chunk(admitted, budget, chunks)
             else:
-                decode.append(sequence)
+                decode.append(admitted)
                 budget -= 1
         return Plan(decode, chunks)
 

@@ -1,0 +1,62 @@
+"""Compile the step and the kernels once per machine: first start some seconds, later ones load from disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import llvmlite
+import numba
+from numba.core import config
+
+from nybble_kernels.numba import step
+from nybble_kernels.numba.isa import Isa
+from nybble_kernels.numba.jit import entry
+from nybble_kernels.numba.machine import Kernels
+
+Progress = Callable[[str], None]
+_LOCK = threading.RLock()
+
+
+Run = Callable[[int, int, int, int, int, int], None]
+"""`run(pool, frame, program, rows, workers, number)`, without the GIL."""
+
+
+def cache_folder() -> Path:
+    """Where compiled code lies: under $NUMBA_CACHE_DIR, or the user's cache; a folder per version of this code."""
+    root = os.environ.get("NUMBA_CACHE_DIR") or Path.home() / ".cache" / "nybble" / "numba"
+    return Path(root) / _version()
+
+
+@lru_cache(maxsize=1)
+def _version() -> str:
+    """Numba's own cache looks at one file; this looks at all of them."""
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def compiled_step(progress: Progress | None = None) -> Run:
+    with _LOCK:
+        if progress:
+            progress("compiling the decode step")
+        before = config.CACHE_DIR
+        config.CACHE_DIR = str(cache_folder())
+        try:
+            return entry("void(int64, int64, int64, int64, int64, int64)")(step.run)
+        finally:
+            config.CACHE_DIR = before
+
+
+@lru_cache(maxsize=4)
+def kernels(isa: Isa, progress: Progress | None = None) -> Kernels:
+    with _LOCK:
+        if progress:
+            progress(f"compiling the {isa.name} kernels")
+        return Kernels(isa, cache_folder())

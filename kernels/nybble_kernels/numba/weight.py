@@ -1,0 +1,155 @@
+"""A weight as a program holds it: packed inside the arena, with what the ops need to know to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nybble_kernels.numba.arena import ALIGN, Arena
+from nybble_kernels.numba.dequantize import dequantize_name
+from nybble_kernels.numba.frame import Code, record
+from nybble_kernels.numba.gemv import gemv_name
+from nybble_kernels.numba.gemv_float import float_name
+from nybble_kernels.numba.layout import ROWS, SUB, TILES, activation_bytes
+from nybble_kernels.numba.machine import Kernels
+from nybble_kernels.numba.packing import Packed, pack, unpack
+from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
+
+
+class HeldWeight(Protocol):
+    outputs: int
+    inputs: int
+    nbytes: int  # that a step reads
+    columns: Tensor | None  # int32: which input each packed column reads
+    width: int  # packed columns
+    integer: bool  # reads int8 activations
+
+    def gemv_record(self, kernels: Kernels, place: Sequence[int]) -> list[int]:
+        """`place`: x, bytes between rows, y, bytes between rows, bias or 0, residual."""
+        ...
+
+    def dequantize_record(self, kernels: Kernels, out: int, stride: int) -> list[int] | None:
+        """None when only `dequantize_slowly` can."""
+        ...
+
+    def dequantize_slowly(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    packed: Packed
+    integer: bool = True
+
+    @property
+    def outputs(self) -> int:
+        return self.packed.outputs
+
+    @property
+    def inputs(self) -> int:
+        return self.packed.inputs
+
+    @property
+    def width(self) -> int:
+        return self.packed.width
+
+    @property
+    def columns(self) -> Tensor | None:
+        return self.packed.columns
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.data.nbytes
+
+    @property
+    def block_bytes(self) -> int:
+        return self.packed.form.block_bytes(self.packed.groups, self.packed.subs)
+
+    def gemv_record(self, kernels: Kernels, place: Sequence[int]) -> list[int]:
+        addresses = [kernels[gemv_name(self.packed.form, tile)] for tile in TILES]
+        sizes = self.packed.groups, self.packed.subs
+        return _gemv(self.packed.data, self.block_bytes, addresses, place, self.outputs, sizes)
+
+    def dequantize_record(self, kernels: Kernels, out: int, stride: int) -> list[int] | None:
+        if self.columns is not None:
+            return None
+        kernel = kernels[dequantize_name(self.packed.form)]
+        start, sizes = self.packed.data.data_ptr(), (self.packed.groups, self.packed.subs)
+        arguments = (start, self.block_bytes, kernel, out, stride, self.outputs, *sizes)
+        return record(Code.DEQUANTIZE, *arguments, fixed=self.packed.blocks, chunk=4)
+
+    def dequantize_slowly(self) -> Tensor:
+        return unpack(self.packed).dequantize()
+
+
+@dataclass(frozen=True, eq=False)
+class FloatWeight:
+    """bfloat16 [blocks, inputs, 16 rows]."""
+
+    data: Tensor
+    outputs: int
+    inputs: int
+    columns: Tensor | None = None
+    integer: bool = False
+
+    @property
+    def width(self) -> int:
+        return self.inputs
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def gemv_record(self, kernels: Kernels, place: Sequence[int]) -> list[int]:
+        addresses = [kernels[float_name(tile)] for tile in TILES]
+        return _gemv(self.data, 2 * ROWS * self.inputs, addresses, place, self.outputs, (self.inputs, 1))
+
+    def dequantize_record(self, kernels: Kernels, out: int, stride: int) -> list[int] | None:
+        return None
+
+    def dequantize_slowly(self) -> Tensor:
+        return self.data.transpose(1, 2).reshape(-1, self.inputs)[: self.outputs].float()
+
+
+def hold(weight: Weight, arena: Arena) -> QuantizedWeight | FloatWeight:
+    """Pack a weight into the arena."""
+    if isinstance(weight, QuantizedTensor):
+        packed = pack(weight)
+        return QuantizedWeight(replace(packed, data=arena.hold(packed.data)))
+    outputs, inputs = weight.shape
+    blocks = -(-outputs // ROWS)
+    rows = torch.zeros(blocks * ROWS, inputs, dtype=torch.bfloat16)
+    rows[:outputs] = weight
+    return FloatWeight(arena.hold(rows.view(blocks, ROWS, inputs).transpose(1, 2)), outputs, inputs)
+
+
+def packed_bound(weight: Weight) -> int:
+    """At most this many bytes of arena."""
+    outputs, inputs = shape_of(weight)
+    rows = -(-outputs // ROWS) * ROWS
+    if not isinstance(weight, QuantizedTensor):
+        return rows * inputs * 2 + ALIGN
+    groups = weight.scales.shape[1]
+    subs = -(-min(weight.group_size, inputs) // SUB)
+    return rows * groups * (subs * SUB * (4 if weight.bits <= 4 else 8) // 8 + 8) + ALIGN
+
+
+def activation_stride(width: int) -> int:
+    return -(-activation_bytes(width) // ALIGN) * ALIGN
+
+
+def _gemv(
+    data: Tensor, block_bytes: int, kernels: Sequence[int], place: Sequence[int], outputs: int, sizes: tuple[int, int]
+) -> list[int]:
+    x, x_stride, y, y_stride, bias, residual = place
+    blocks = -(-outputs // ROWS)
+    arguments = (data.data_ptr(), block_bytes, *kernels, x, x_stride, y, y_stride, outputs, bias, residual, *sizes)
+    return record(Code.GEMV, *arguments, fixed=blocks, chunk=chunk_of(blocks))
+
+
+def chunk_of(blocks: int) -> int:
+    """Blocks a thread takes at a time: an eighth of the op, so that a late thread costs little."""
+    return max(1, min(blocks // 8, 64))

@@ -1,0 +1,125 @@
+"""A model as a program of the compiled CPU step: the one reader of the spec that turns it into ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from nybble_kernels.numba.arena import Arena
+from nybble_kernels.numba.builder import LOGITS, Attention, Buffer, ProgramBuilder
+from nybble_kernels.numba.compiled import compiled_step, kernels
+from nybble_kernels.numba.isa import choose
+from nybble_kernels.numba.program import DecodeProgram, Limits
+from nybble_kernels.numba.weight import HeldWeight, packed_bound
+from nybble_kernels.quantized import Weight
+from torch import Tensor
+
+from nybble_models.rotary import rotary_table
+from nybble_models.spec import ModelSpec
+from nybble_models.weights import Block, Norm, Weights, fuse
+
+Progress = Callable[[str], None]
+
+
+def build_program(
+    spec: ModelSpec,
+    weights: Weights,
+    kv: Tensor,
+    *,
+    head: Weight,
+    threads: int,
+    max_batch: int,
+    isa: str | None = None,
+    progress: Progress | None = None,
+) -> DecodeProgram:
+    """Pack the model and compile its decode step (some seconds on the first start, then from disk).
+
+    kv: bfloat16 [layers, blocks, 2, block_size, kv_heads, head_dim], zeros at first · head: the output matrix in
+    the form it is to be kept; where the model ties it to the embedding, the embedding is read from it too.
+    """
+    chosen = choose(isa)
+    run = compiled_step(progress)
+    arena = Arena(_reserve(weights, head))
+    writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, max_batch), kv)
+    embedding = writer.write(head)
+    limits = Limits(spec.vocab_size, spec.max_positions, lambda position: _kv_bytes(spec, position))
+    return DecodeProgram(
+        writer.builder, run, kv, writer.linears, embedding, spec.hidden_size, limits, max(1, threads)
+    )
+
+
+def _reserve(weights: Weights, head: Weight) -> int:
+    linears = [linear.weight for block in weights.blocks for linear in block.linears.values()]
+    return sum(packed_bound(weight) for weight in [*linears, head])
+
+
+def _kv_bytes(spec: ModelSpec, position: int) -> int:
+    """Keys and values that a step at a position reads, sliding windows considered."""
+    seen = sum(min(position + 1, spec.window(layer) or position + 1) for layer in range(spec.num_layers))
+    return seen * 2 * 2 * spec.num_kv_heads * spec.head_dim
+
+
+class _Writer:
+    """Buffers of the stream, and the ops of one layer after another."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, builder: ProgramBuilder, kv: Tensor) -> None:
+        self.spec, self.weights, self.builder = spec, weights, builder
+        self.length = min(spec.max_positions, kv.shape[1] * kv.shape[3])
+        self.linears: dict[tuple[int, str], Sequence[HeldWeight]] = {}
+        cos, sin = rotary_table(spec, spec.max_positions) if spec.positions == "rotary" else (None, None)
+        self.shape = Attention(
+            spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_scale,
+            *(None if t is None else t.contiguous() for t in (cos, sin)),
+        )
+        query = spec.num_heads * spec.head_dim
+        self.x, self.normed = builder.buffer(spec.hidden_size), builder.buffer(spec.hidden_size)
+        self.qkv = builder.buffer(query + 2 * spec.num_kv_heads * spec.head_dim)
+        self.mixed = builder.buffer(query)
+        self.first = builder.buffer(spec.intermediate_size * (2 if spec.gated else 1))
+        self.inner = builder.buffer(spec.intermediate_size)
+
+    def write(self, head: Weight) -> Tensor | HeldWeight:
+        """The whole step; returns the embedding as it will be read."""
+        builder, spec = self.builder, self.spec
+        for layer, block in enumerate(self.weights.blocks):
+            self._attention(layer, block)
+            self._mlp(layer, block)
+        self._norm(self.x, self.normed, self.weights.final_norm)
+        bias = None if self.weights.head is None else self.weights.head.bias
+        held = builder.linear(self.normed, LOGITS, head, bias, kind="head")
+        embedding = held if self.weights.head is None and held.integer else self.weights.embed
+        ops, builder.ops = builder.ops, []
+        builder.embed(self.x, embedding, self.weights.positions, spec.position_offset)
+        builder.ops += ops
+        return embedding
+
+    def _attention(self, layer: int, block: Block) -> None:
+        builder, spec = self.builder, self.spec
+        self._norm(self.x, self.normed, block.norms["attention_norm"])
+        self._stack(layer, "qkv", block, ("q", "k", "v"), self.normed, self.qkv)
+        norms = (block.norms["q_norm"].weight, block.norms["k_norm"].weight) if spec.qk_norm else (None, None)
+        builder.place(self.qkv, self.shape, layer, *norms, spec.norm_eps)
+        builder.attend(self.qkv, self.mixed, self.shape, layer, spec.window(layer), self.length)
+        self._stack(layer, "o", block, ("o",), self.mixed, self.x, residual=True)
+
+    def _mlp(self, layer: int, block: Block) -> None:
+        spec = self.spec
+        self._norm(self.x, self.normed, block.norms["mlp_norm"])
+        names = ("gate", "up") if spec.gated else ("up",)
+        self._stack(layer, "_".join(names), block, names, self.normed, self.first)
+        self.builder.activate(self.first, self.inner, spec.activation, spec.gated)
+        self._stack(layer, "down", block, ("down",), self.inner, self.x, residual=True)
+
+    def _norm(self, x: Buffer, y: Buffer, norm: Norm) -> None:
+        self.builder.norm(x, y, norm.weight, norm.bias, self.spec.norm_eps, self.spec.norm == "layer")
+
+    def _stack(
+        self, layer: int, name: str, block: Block, names: Sequence[str], x: Buffer, y: Buffer, residual: bool = False
+    ) -> None:
+        """Projections that read one input: fused where their kinds allow, else side by side."""
+        held: list[HeldWeight] = []
+        column = 0
+        for part in fuse([block.linears[n] for n in names]):
+            weight = self.builder.linear(x, y, part.weight, part.bias, column=column, residual=residual)
+            held.append(weight)
+            column += weight.outputs
+        self.linears[layer, name] = held
