@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -93,16 +93,15 @@ class QuantizedTensor:
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """The linear that makes outputs `[start, stop)` only (a shard, or one partner of a fused weight)."""
-        cut: dict[str, Any] = {
-            name: None if (v := getattr(self, name)) is None else v[start:stop] for name in _PER_ROW
-        }
-        return replace(self, **cut)
+        return self._map(_PER_ROW, lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
-        moved: dict[str, Any] = {
-            name: None if (v := getattr(self, name)) is None else v.to(device) for name in _TENSORS
-        }
-        return replace(self, **moved)
+        return self._map(_TENSORS, lambda tensor: tensor.to(device))
+
+    def _map(self, names: Sequence[str], change: Callable[[Tensor], Tensor]) -> QuantizedTensor:
+        held = {name: getattr(self, name) for name in names}
+        changed: dict[str, Any] = {name: change(t) for name, t in held.items() if t is not None}
+        return replace(self, **changed)
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ range of every group is narrowed where that helps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from nybble_quantizers import rtn
 from nybble_quantizers.scheme import Scheme
+
+STRIDE = 4
 
 Loss = Callable[[Tensor], float]
 """The error of a layer's or a half block's output when its weights are Q(W · s) / s."""
@@ -35,24 +37,35 @@ def search(loss: Loss, activation: Tensor, weight: Tensor, grid: int) -> Choice:
     """Minimise `loss(s)` over s = activation^r and s = activation^r / weight^(1 - r), r on a grid, and s = 1.
 
     activation: mean |x| of each channel [K] · weight: how large the channel's weights are within their
-    groups [K], see `magnitude`. The second kind is AutoAWQ's "duo scaling".
+    groups [K], see `magnitude`. The second kind is AutoAWQ's "duo scaling". The loss has one valley in r, so
+    every fourth point of the grid is tried first, then the neighbours of the best.
     """
     ones = torch.ones_like(activation)
     plain = loss(ones)
     best = Choice(ones, None, False, plain, plain)
-    for ratio, duo, scale in candidates(activation, weight, grid):
-        error = loss(scale)
-        if error < best.error:
-            best = Choice(scale, ratio, duo, error, plain)
+
+    def attempt(step: int, duo: bool) -> Choice:
+        ratio = step / grid
+        scale = scale_of(activation, weight, ratio, duo)
+        return Choice(scale, ratio, duo, loss(scale), plain)
+
+    for step in range(0, grid, STRIDE):
+        tried = [attempt(step, duo) for duo in (False, True) if step or duo]  # activation^0 is s = 1
+        best = min(best, *tried, key=lambda choice: choice.error)
+    if best.ratio is None:
+        return best
+    centre, duo = round(best.ratio * grid), best.duo
+    for step in range(max(centre - STRIDE + 1, 0 if duo else 1), min(centre + STRIDE, grid)):
+        if step != centre:
+            best = min(best, attempt(step, duo), key=lambda choice: choice.error)
     return best
 
 
-def candidates(activation: Tensor, weight: Tensor, grid: int) -> Iterator[tuple[float, bool, Tensor]]:
-    for step in range(grid):
-        ratio = step / grid
-        if step:
-            yield ratio, False, balanced(activation**ratio)
-        yield ratio, True, balanced(activation**ratio / (weight ** (1 - ratio) + 1e-4))
+def scale_of(activation: Tensor, weight: Tensor, ratio: float, duo: bool) -> Tensor:
+    """A candidate [K], centred on 1."""
+    if duo:
+        return balanced(activation**ratio / (weight ** (1 - ratio) + 1e-4))
+    return balanced(activation**ratio)
 
 
 def balanced(scale: Tensor) -> Tensor:
@@ -78,8 +91,6 @@ def scaled_rounding(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     return rtn.fake(weight * scale, scheme.bits, group, scheme.symmetric).div_(scale)
 
 
-def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
-    """Σ |X (W - Ŵ)ᵀ|² over Σ |X Wᵀ|², from XᵀX [K, K]."""
-    missed = rounded - weight
-    noise, signal = ((m @ gram).mul_(m).sum(dtype=torch.float64) for m in (missed, weight))
-    return float(noise / signal.clamp(min=1e-30))
+def energy(weight: Tensor, gram: Tensor) -> float:
+    """Σ |X Wᵀ|² over the tokens that made XᵀX [K, K]: the squared norm of a linear's output."""
+    return float((weight @ gram).mul_(weight).sum(dtype=torch.float64))

@@ -20,6 +20,7 @@ from nybble_quantizers.folding import float_weight, fold, foldable, pool, spread
 from nybble_quantizers.scheme import Scheme
 
 UNCLIPPED = ("q", "k")  # attention scores punish an error in one key more than a squared error tells
+TINY = 1e-30
 
 
 class Window:
@@ -103,15 +104,16 @@ def _search(
     seen, spec = scene.inputs, scene.spec
     read = consumers[0]
     target = scene.half(block, producer, seen.rows[read]) if producer in block.norms else None
+    signal = awq.energy(weights[0], seen.gram[read]) if target is None else float(target.square().sum())
 
     def loss(scale: Tensor) -> float:
         columns = spread(spec, producer, scale)
         tried = [awq.scaled_rounding(w, columns, scheme) for w in weights]
         if target is None:
-            return awq.output_error(weights[0], tried[0], seen.gram[read])
+            return awq.energy(tried[0].sub_(weights[0]), seen.gram[read]) / max(signal, TINY)
         linears = {c: replace(block.linears[c], weight=w) for c, w in zip(consumers, tried, strict=True)}
         output = scene.half(Block(block.linears | linears, block.norms), producer, seen.rows[read])
-        return float((output - target).square().mean() / target.square().mean().clamp(min=1e-30))
+        return float(output.sub_(target).square_().sum()) / max(signal, TINY)
 
     group = scheme.group(weights[0].shape[1])
     activation, magnitude = seen.mean[read], awq.magnitude(weights, group)
@@ -132,7 +134,8 @@ def _round(name: str, linear: Linear, scene: Scene, scheme: Scheme) -> tuple[Qua
     group = scheme.group(weight.shape[1])
     found = clipping.search(weight, gram, scheme.bits, group, scheme.symmetric, clip)
     quantized = rtn.on_grid(weight, found.levels, group, scheme.symmetric)
-    return quantized, found.share, awq.output_error(weight, quantized.dequantize(), gram)
+    noise = awq.energy(quantized.dequantize() - weight, gram) / max(awq.energy(weight, gram), TINY)
+    return quantized, found.share, noise
 
 
 def _read_by(name: str, spec: ModelSpec) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from nybble_kernels.numba.activation import KINDS
 from nybble_kernels.numba.arena import Arena, floats
+from nybble_kernels.numba.attention_kernels import scores_name, shape_for, values_name
 from nybble_kernels.numba.dequantize import dequantize_name
 from nybble_kernels.numba.embed import BFLOAT, FLOAT, PACKED
 from nybble_kernels.numba.frame import Code, record
@@ -117,7 +118,9 @@ class ProgramBuilder:
         """out = attention of the new position; `length` is the most positions it can see."""
         self.scratch = max(self.scratch, length * (shape.heads // shape.kv_heads))
         sizes = shape.heads, shape.kv_heads, shape.head_dim
-        tail = layer, window or 0, bits_of(shape.scale)
+        lanes, vectors = shape_for(shape.head_dim)
+        kernels = self.kernels[scores_name(lanes)], self.kernels[values_name(lanes, vectors)]
+        tail = layer, window or 0, bits_of(shape.scale), *kernels
         self.ops.append(
             record(Code.ATTEND, qkv.address, qkv.stride, out.address, *sizes, *tail, per_row=shape.kv_heads)
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 from llvmlite import binding, ir
 
+from nybble_kernels.numba.attention_kernels import emit_attention
 from nybble_kernels.numba.dequantize import emit_dequantize
 from nybble_kernels.numba.gemv import emit_gemv
 from nybble_kernels.numba.gemv_float import emit_float
@@ -25,6 +26,7 @@ def build_module(isa: Isa) -> str:
         emit_dequantize(module, isa, form)
     for tile in TILES:
         emit_float(module, isa, tile)
+    emit_attention(module)
     return str(module)
 
 

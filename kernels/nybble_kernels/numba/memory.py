@@ -153,9 +153,13 @@ def _caller(arguments: int, returned: Any, result: Any) -> Callable[..., Any]:
     def seven(typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any) -> Any:
         return result(*[types.int64] * 8), generate
 
-    return cast(Callable[..., Any], intrinsic({0: none, 1: one, 7: seven}[arguments]))
+    def eight(typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+        return result(*[types.int64] * 9), generate
+
+    return cast(Callable[..., Any], intrinsic({0: none, 1: one, 7: seven, 8: eight}[arguments]))
 
 
 call_libc0 = _caller(0, _I32, types.int32)
 call_libc1 = _caller(1, _I32, types.int32)
 call_kernel = _caller(7, ir.VoidType(), types.void)
+call_pages = _caller(8, ir.VoidType(), types.void)

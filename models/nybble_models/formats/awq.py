@@ -97,8 +97,14 @@ def pack(levels: Tensor) -> Tensor:
 
 
 def unpack(words: Tensor) -> Tensor:
-    """int32 [R, C/8] -> uint8 [R, C]."""
-    nibbles = (words[:, :, None] >> (4 * torch.arange(8, dtype=torch.int32))) & 15
-    columns = torch.empty_like(nibbles)
-    columns[:, :, list(ORDER)] = nibbles
-    return columns.reshape(words.shape[0], -1).to(torch.uint8)
+    """int32 [R, C/8] -> uint8 [R, C].
+
+    Byte b of a word holds columns 4 (b mod 2) + b div 2 (low nibble) and two further on (high nibble).
+    """
+    held = (
+        words.contiguous().view(torch.uint8).view(*words.shape, 2, 2).transpose(2, 3)
+    )  # [R, C/8, b mod 2, b div 2]
+    columns = torch.empty(*words.shape, 2, 2, 2, dtype=torch.uint8)
+    columns[:, :, :, 0] = held & 15
+    columns[:, :, :, 1] = held >> 4
+    return columns.view(words.shape[0], -1)

@@ -94,9 +94,10 @@ def _plan(config: ServeConfig, loader: Loader) -> MemoryPlan:
     if settings:
         bits = int(settings.get("bits", 4))
         linears = Quantization(bits, int(settings.get("group_size", 128)), 16 + bits)
-    if config.max_model_len > loader.spec.max_positions:
+    limit = loader.spec.max_positions
+    if config.max_model_len > limit:
         raise UsageError(
-            f"max_model_len: {config.max_model_len} exceeds the model's {loader.spec.max_positions} positions",
+            f"max_model_len: {config.max_model_len} exceeds the model's {limit} positions",
             hint="lower it, or leave it out",
         )
     if config.block_size % paged.ROWS:
