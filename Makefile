@@ -6,6 +6,7 @@ PYTHON ?= $(shell for each in python3 python3.14 python3.13 python3.12 python3.1
 	command -v $$each >/dev/null 2>&1 \
 	&& $$each -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
 	&& echo $$each && break; done)
+# pip would compile every module of every package: 2 minutes on 2 cores for what the first import does in 10 s.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --quiet $(PIP_ARGS)
 
 .DELETE_ON_ERROR:

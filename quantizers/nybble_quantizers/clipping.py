@@ -32,8 +32,14 @@ def search(weight: Tensor, gram: Tensor, bits: int, group_size: int, symmetric: 
     size = weight.shape[1] + -weight.shape[1] % group_size
     blocks = _diagonal(gram, size, group_size)
     rows = max(1, CHUNK // weight.shape[1])
-    parts = [_search(grouped(w, group_size), blocks, bits, symmetric, clip) for w in weight.split(rows)]
-    levels = Grid(torch.cat([p.levels.scales for p in parts]), torch.cat([p.levels.zeros for p in parts]), bits)
+    parts = [
+        _search(grouped(weight[i : i + rows], group_size), blocks, bits, symmetric, clip)
+        for i in range(0, len(weight), rows)
+    ]
+
+    levels = Grid(
+        torch.cat([p.levels.scales for p in parts]), torch.cat([p.levels.zeros for p in parts]), bits
+    )
     return Clipped(levels, sum(p.share * len(p.levels.scales) for p in parts) / len(weight))
 
 
@@ -41,8 +47,9 @@ def _diagonal(gram: Tensor, size: int, group_size: int) -> Tensor:
     """[G, g, g]; inputs that only fill up the last group count for nothing."""
     padded = gram.new_zeros(size, size)
     padded[: len(gram), : len(gram)] = gram
-    tiles = padded.unflatten(0, (-1, group_size)).unflatten(2, (-1, group_size))  # [G, g, G, g]
-    return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    groups = size // group_size
+    tiles = padded.view(groups, group_size, groups, group_size)
+    return torch.stack([tiles[i, :, i] for i in range(groups)])
 
 
 def _search(groups: Tensor, blocks: Tensor, bits: int, symmetric: bool, clip: bool) -> Clipped:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
+
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Linear, Norm
-from torch import Tensor
 
 
 def foldable(spec: ModelSpec, producer: str, consumers: tuple[str, ...]) -> bool:

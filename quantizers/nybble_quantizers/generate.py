@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
+
 from nybble_models.decoder import Decoder
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Weights
-from torch import Tensor
 
 
 class Lockstep:
@@ -27,7 +28,7 @@ class Lockstep:
         self.values[layer, :, self.position] = value
         first = 0 if window is None else max(0, self.position + 1 - window)
         seen = slice(first, self.position + 1)
-        shared = query.unflatten(1, (key.shape[1], -1))  # [B, G, H / G, E]
+        shared = query.reshape(len(query), key.shape[1], -1, query.shape[2])  # [B, G, H / G, E]
         scores = torch.einsum("bgre,blge->bgrl", shared, self.keys[layer, :, seen]) * self.scale
         return torch.einsum("bgrl,blge->bgre", scores.softmax(-1), self.values[layer, :, seen]).flatten(1, 2)
 

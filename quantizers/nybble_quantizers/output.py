@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -9,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nybble_models.checkpoint import write_json
-from nybble_models.errors import ModelError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from nybble_models.checkpoint import write_json
+from nybble_models.errors import ModelError
 
 SHARD_BYTES = 1 << 30
 
@@ -27,6 +30,7 @@ def appearing(out: Path, needed: int) -> Iterator[Path]:
     if out.exists():
         raise ModelError(f"{out} exists already", hint="remove it or choose another folder")
     folder = _sibling(out, needed)
+    claim = _claim(folder)
     try:
         yield folder
         _flush(folder)
@@ -36,6 +40,8 @@ def appearing(out: Path, needed: int) -> Iterator[Path]:
         raise ModelError(f"cannot write {out}: {error}", hint="is the disk full or read-only?") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if claim is not None:
+            os.close(claim)
 
 
 def _sibling(out: Path, needed: int) -> Path:
@@ -47,6 +53,7 @@ def _sibling(out: Path, needed: int) -> Path:
                 f"{out.parent} has {free / 2**20:,.0f} MiB free, about {needed / 2**20:,.0f} MiB are needed",
                 hint="free some space or choose another folder",
             )
+        _sweep(out)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
         folder.chmod(0o755)  # mkdtemp makes it private, and the name it gets later is not
         return folder
@@ -54,8 +61,29 @@ def _sibling(out: Path, needed: int) -> Path:
         raise ModelError(f"cannot write to {out.parent}: {error}", hint="choose another folder") from None
 
 
+def _claim(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed or the process dies; None where somebody else has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed runs left: a folder that nobody has claimed."""
+    for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        claim = _claim(left)
+        if claim is not None:
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(claim)
+
+
 def _flush(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
+        path.chmod(0o644)  # safetensors makes its files private
         _flush_entry(path)
     _flush_entry(folder)
 
@@ -74,17 +102,17 @@ class ShardWriter:
     def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
         self.folder = folder
         self.limit = limit
-        self.total = 0
+        self.bytes: dict[str, int] = {}  # by kind: linear, norm, embedding, head
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor, kind: str) -> None:
         if self._pending and self._pending_bytes + tensor.nbytes > self.limit:
             self._write()
         self._pending[name] = tensor.contiguous()
         self._pending_bytes += tensor.nbytes
-        self.total += tensor.nbytes
+        self.bytes[kind] = self.bytes.get(kind, 0) + tensor.nbytes
 
     def _write(self) -> None:
         save_file(self._pending, self._path(len(self._shards)), metadata={"format": "pt"})
@@ -105,5 +133,5 @@ class ShardWriter:
             file = f"model-{shard + 1:05}-of-{len(self._shards):05}.safetensors"
             self._path(shard).rename(self.folder / file)
             listing |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total}, "weight_map": listing}
+        index = {"metadata": {"total_size": sum(self.bytes.values())}, "weight_map": listing}
         write_json(self.folder / "model.safetensors.index.json", index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.checkpoint import write_json
 from nybble_models.decoder import Decoder
@@ -21,8 +24,6 @@ from nybble_models.hub import open_source
 from nybble_models.loader import Loader
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Linear, Norm, Weights
-from torch import Tensor
-
 from nybble_quantizers import rtn
 from nybble_quantizers.block import Finding, Scene, Window, quantize_block
 from nybble_quantizers.calibrate import Calibration, Inputs, read_windows
@@ -31,6 +32,8 @@ from nybble_quantizers.output import ShardWriter, appearing
 from nybble_quantizers.report import LayerReport, Listener, QuantizeProgress, QuantReport
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.tokenizing import carry_over, load_tokenizer
+
+log = logging.getLogger("nybble.quantize")
 
 CODEC = AwqCodec()
 PARTNERS = (("q", "k", "v"), ("gate", "up"))  # engines fuse them, so all or none are quantized
@@ -64,7 +67,9 @@ def quantize(
 class _Run:
     """One quantization from start to end."""
 
-    def __init__(self, source: Path, scheme: Scheme, calibration: str | None, seed: int, tell: Listener) -> None:
+    def __init__(
+        self, source: Path, scheme: Scheme, calibration: str | None, seed: int, tell: Listener
+    ) -> None:
         self.source = source
         self.scheme = scheme
         self.calibration = calibration
@@ -76,7 +81,10 @@ class _Run:
             raise ModelError(f"{source} is quantized already", hint="quantize the original model")
         self.rounded = {i: self._rounded(i) for i in range(self.spec.num_layers)}
         self.skipped = tuple(
-            self._name(i, p) for i, kept in self.rounded.items() for p in self.spec.projections if p not in kept
+            self._name(i, p)
+            for i, kept in self.rounded.items()
+            for p in self.spec.projections
+            if p not in kept
         )
 
     def _name(self, layer: int, projection: str) -> str:
@@ -101,7 +109,8 @@ class _Run:
     def needed(self) -> int:
         """About how many bytes the folder will take."""
         codes = sum(
-            math.prod(self.spec.shape(p)) * (self.scheme.bits / 8 + 3 / self.scheme.group(self.spec.shape(p)[1]))
+            math.prod(self.spec.shape(p))
+            * (self.scheme.bits / 8 + 3 / self.scheme.group(self.spec.shape(p)[1]))
             if p in kept
             else math.prod(self.spec.shape(p)) * 2
             for kept in self.rounded.values()
@@ -121,13 +130,17 @@ class _Run:
         write_json(folder / "config.json", self._config())
         carry_over(self.source, folder)
         self.tell(QuantizeProgress("write", 1, 1))
-        return self._report(layers, described, command, writer.total)
+        return self._report(layers, described, command, writer.bytes)
 
     def _refuse_nothing_to_do(self) -> None:
         if self.scheme.method != "none" and not any(self.rounded.values()):
             shape = self.spec.shape("q")
-            reason = CODEC.fits(shape, self.scheme.bits, self.scheme.group(shape[1])) or "all layers are skipped"
-            raise ModelError(f"no linear of {self.source} can be quantized: {reason}", hint="change the scheme")
+            reason = (
+                CODEC.fits(shape, self.scheme.bits, self.scheme.group(shape[1])) or "all layers are skipped"
+            )
+            raise ModelError(
+                f"no linear of {self.source} can be quantized: {reason}", hint="change the scheme"
+            )
 
     def _quantize_blocks(self, writer: ShardWriter, layers: list[LayerReport]) -> dict[str, object] | None:
         started = time.monotonic()
@@ -162,7 +175,8 @@ class _Run:
         names = {role: name.format(i=layer) for role, name in self.loader.family.norms.items()}
         linears = {
             p: Linear(
-                _finite(x.weight, f"{self._name(layer, p)}.weight"), _finite_bias(x.bias, self._name(layer, p))
+                _finite(x.weight, f"{self._name(layer, p)}.weight"),
+                _finite_bias(x.bias, self._name(layer, p)),
             )
             for p, x in loaded.linears.items()
         }
@@ -177,31 +191,31 @@ class _Run:
             name = self._name(layer, projection)
             if isinstance(linear.weight, QuantizedTensor):
                 for part, tensor in CODEC.encode(linear.weight).items():
-                    writer.add(f"{name}.{part}", tensor)
+                    writer.add(f"{name}.{part}", tensor, "linear")
             else:
-                writer.add(f"{name}.weight", _half(linear.weight, name))
+                writer.add(f"{name}.weight", _half(linear.weight, name), "linear")
             if linear.bias is not None:
-                writer.add(f"{name}.bias", linear.bias)
+                writer.add(f"{name}.bias", linear.bias, "linear")
         for role, norm in block.norms.items():
             self._write_norm(writer, self.loader.family.norms[role].format(i=layer), norm)
 
     def _write_norm(self, writer: ShardWriter, name: str, norm: Norm) -> None:
         """Norms stay float32: they are small, and a fold divides them by any number."""
-        writer.add(f"{name}.weight", norm.weight.float())
+        writer.add(f"{name}.weight", norm.weight.float(), "norm")
         if norm.bias is not None:
-            writer.add(f"{name}.bias", norm.bias.float())
+            writer.add(f"{name}.bias", norm.bias.float(), "norm")
 
     def _write_rest(self, writer: ShardWriter) -> None:
         family = self.loader.family
-        writer.add(f"{family.embed}.weight", _half(self.loader.embed(), family.embed))
+        writer.add(f"{family.embed}.weight", _half(self.loader.embed(), family.embed), "embedding")
         positions = self.loader.positions()
         if positions is not None:
-            writer.add(f"{family.positions}.weight", _half(positions, str(family.positions)))
+            writer.add(f"{family.positions}.weight", _half(positions, str(family.positions)), "embedding")
         self._write_norm(writer, family.final_norm, self.loader.final_norm())
         head = self.loader.head()
         if head is not None:
             assert isinstance(head.weight, Tensor)
-            writer.add(f"{family.head}.weight", _half(head.weight, family.head))
+            writer.add(f"{family.head}.weight", _half(head.weight, family.head), "head")
 
     def _config(self) -> dict[str, Any]:
         config = dict(self.loader.source.config) | {"torch_dtype": "float16"}
@@ -224,9 +238,12 @@ class _Run:
         return reports
 
     def _report(
-        self, layers: list[LayerReport], described: dict[str, object] | None, command: str, total: int
+        self,
+        layers: list[LayerReport],
+        described: dict[str, object] | None,
+        command: str,
+        sizes: dict[str, int],
     ) -> QuantReport:
-        quantized = sum(layer.bytes for layer in layers)
         return QuantReport(
             source=self.source.name,
             scheme=asdict(self.scheme),
@@ -234,8 +251,8 @@ class _Run:
             calibration=described,
             versions=_versions(),
             command=command,
-            bytes={"quantized": quantized, "total": total},
-            bits_per_weight=8 * total / self.spec.parameters,
+            bytes=sizes,
+            bits_per_weight=8 * sum(sizes.values()) / self.spec.parameters,
             skipped=self.skipped,
             layers=tuple(layers),
         )
@@ -287,7 +304,9 @@ def _finite(tensor: Any, name: str) -> Tensor:
     assert isinstance(tensor, Tensor)
     value = tensor.float()
     if not bool(value.isfinite().all()):
-        raise BrokenCheckpoint(f"{name} holds NaN or infinity", hint="the checkpoint is damaged; fetch it again")
+        raise BrokenCheckpoint(
+            f"{name} holds NaN or infinity", hint="the checkpoint is damaged; fetch it again"
+        )
     return value
 
 

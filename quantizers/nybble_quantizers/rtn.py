@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from nybble_kernels.quantized import QuantizedTensor
 from torch import Tensor
 from torch.nn import functional as F
+
+from nybble_kernels.quantized import QuantizedTensor
 
 SMALLEST = 2.0**-24  # of float16, in which scales are stored
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """The levels of each group: w = scales · (code - zeros). Float32, any shape; scales hold float16 values."""
+    """The levels of each group: w = scales · (code - zeros). Float32; the scales hold float16 values."""
 
     scales: Tensor
     zeros: Tensor
@@ -41,7 +42,9 @@ def grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
     span = 2 * torch.maximum(-low, high) if symmetric else high - low
     scales = (span / top).to(torch.float16).float()
     scales = torch.where(span == 0, 1.0, scales.clamp(min=SMALLEST))
-    zeros = torch.full_like(scales, 2.0 ** (bits - 1)) if symmetric else (-low / scales).round_().clamp_(0, top)
+    zeros = (
+        torch.full_like(scales, 2.0 ** (bits - 1)) if symmetric else (-low / scales).round_().clamp_(0, top)
+    )
     return Grid(scales, zeros, bits)
 
 
@@ -84,4 +87,4 @@ def grouped(weight: Tensor, group_size: int) -> Tensor:
     """[N, K] -> [N, G, g]; a short last group is filled up with zeros, which every grid holds."""
     missing = -weight.shape[1] % group_size
     padded = F.pad(weight, (0, missing)) if missing else weight
-    return padded.unflatten(1, (-1, group_size))
+    return padded.reshape(len(weight), -1, group_size)

@@ -35,9 +35,13 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
-            raise ModelError(f"method {self.method!r} is unknown", hint=f"known: {', '.join(get_args(Method))}")
+            raise ModelError(
+                f"method {self.method!r} is unknown", hint=f"known: {', '.join(get_args(Method))}"
+            )
         if self.group_size != CHANNEL and self.group_size < 1:
-            raise ModelError(f"group size {self.group_size} is not positive", hint="-1 means one scale for a row")
+            raise ModelError(
+                f"group size {self.group_size} is not positive", hint="-1 means one scale for a row"
+            )
         limits = {"bits": (2, 8), "samples": (1, 65536), "length": (2, 1 << 20), "grid": (1, 1000)}
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from nybble_models.errors import ModelError
 from nybble_models.formats import gguf_tokenizer
 from nybble_models.formats.gguf_header import read_header
-from tokenizers import Tokenizer
 
 FILES = (
     "tokenizer.json",
@@ -29,7 +30,9 @@ def load_tokenizer(source: Path) -> Tokenizer:
         return gguf_tokenizer.build(read_header(source).metadata)
     path = source / "tokenizer.json"
     if not path.is_file():
-        raise ModelError(f"{source} has no tokenizer.json", hint="calibration from a file needs the tokenizer")
+        raise ModelError(
+            f"{source} has no tokenizer.json", hint="calibration from a file needs the tokenizer"
+        )
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises plain Exception
@@ -37,7 +40,7 @@ def load_tokenizer(source: Path) -> Tokenizer:
 
 
 def carry_over(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files; make them of a GGUF file; make tokenizer.json where only older files are."""
+    """Copy the tokenizer's files, or make them: of a GGUF file, of vocab.json where tokenizer.json is not."""
     if source.is_file():
         gguf_tokenizer.write_tokenizer(source, folder)
         return

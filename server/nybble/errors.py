@@ -52,6 +52,10 @@ class PayloadTooLarge(NybbleError):
     status, type, code = 413, "invalid_request_error", "payload_too_large"
 
 
+class HeadersTooLarge(NybbleError):
+    status, type, code = 431, "invalid_request_error", "headers_too_large"
+
+
 class BodyTimeout(NybbleError):
     status, type, code = 408, "invalid_request_error", "body_timeout"
 

@@ -11,6 +11,8 @@ from nybble.terminal import console
 
 PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
+NOISY = ("uvicorn", "httpx2", "httpcore2", "urllib3", "filelock", "numba", "asyncio")
+
 
 class JsonFormatter(logging.Formatter):
     """Time, level, logger, message, and whatever was passed as `extra`."""
@@ -35,7 +37,7 @@ def configure(level: str) -> None:
         root.removeHandler(handler)
     root.addHandler(_handler())
     root.setLevel(level.upper())
-    for noisy in ("httpx2", "httpcore2", "urllib3", "filelock", "numba", "asyncio"):
+    for noisy in NOISY:
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
 
 

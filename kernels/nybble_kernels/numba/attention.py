@@ -6,20 +6,27 @@ import numpy as np
 
 from nybble_kernels.numba.floats import exp_f32
 from nybble_kernels.numba.frame import BLOCK_SIZE, FIRST, KV_VALUES, POSITIONS
-from nybble_kernels.numba.jit import fast, inline
-from nybble_kernels.numba.memory import call_pages, f32_of_bits, get_f32, get_i32, get_i64, set_f32
+from nybble_kernels.numba.jit import fast, fastest, inline
+from nybble_kernels.numba.memory import call_pages, f32_of_bits, get_f32, get_i32, get_i64, prefetch, set_f32
 from nybble_kernels.numba.place import keys_of
 
 f32 = np.float32
+AHEAD = 3  # pages
 _ZERO, _ONE, _LOWEST = f32(0), f32(1), f32(-3.0e38)
+
+
+@fastest
+def largest(values: int, count: int) -> float:
+    top = _LOWEST
+    for i in range(count):
+        top = max(top, get_f32(values, i))
+    return top
 
 
 @fast
 def softmax_row(scores: int, count: int, scale: float) -> None:
     """softmax(scores * scale), in place."""
-    top = _LOWEST
-    for i in range(count):
-        top = max(top, get_f32(scores, i))
+    top = largest(scores, count)
     total = _ZERO
     for i in range(count):
         value = exp_f32((get_f32(scores, i) - top) * scale)
@@ -62,6 +69,14 @@ def attend_group(op: int, frame: int, scores: int, row: int, kv_head: int, query
 
 
 @inline
+def fetch_page(base: int, slot_bytes: int, slots: int, size: int) -> None:
+    """Ask for one head of a page ahead of its use: pages are scattered, so the processor cannot guess."""
+    for slot in range(slots):
+        for line in range(0, size, 64):
+            prefetch(base + slot * slot_bytes + line)
+
+
+@inline
 def over_pages(
     op: int, frame: int, row: int, kv_head: int, kernel: int, source: int, target: int, keys: int, first: int, count: int
 ) -> None:
@@ -72,14 +87,19 @@ def over_pages(
     group = get_i64(op, FIRST + 3) // kv_heads
     page = get_i64(frame, BLOCK_SIZE)
     slot_bytes = 2 * kv_heads * size
+    away = 2 * size * kv_head + (0 if keys == 1 else get_i64(frame, KV_VALUES))
     start = first + 0
     while start < first + count:
         stop = min(first + count, (start // page + 1) * page)
-        held = keys_of(frame, layer, row, start) + slot_bytes * (start % page) + 2 * size * kv_head
+        held = keys_of(frame, layer, row, start) + slot_bytes * (start % page) + away
         column = 4 * (start - first)
+        soon = start + AHEAD * page
+        if soon < first + count:
+            fetch_page(keys_of(frame, layer, row, soon) + away, slot_bytes, page, 2 * size)
+        if keys == 1:
+            fetch_page(held + get_i64(frame, KV_VALUES), slot_bytes, stop - start, 2 * size)
         if keys == 1:
             call_pages(kernel, source, held, slot_bytes, target + column, 4 * count, stop - start, size, group)
         else:
-            held += get_i64(frame, KV_VALUES)
             call_pages(kernel, source + column, held, slot_bytes, target, 4 * count, stop - start, size, group)
         start = stop

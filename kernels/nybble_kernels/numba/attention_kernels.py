@@ -12,7 +12,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from nybble_kernels.numba.emit import F32, I16, I32, I64, PTR, Emitter, vector
+from nybble_kernels.numba.emit import F32, I16, I32, I64, PTR, Emitter, filled, vector
 
 ARGUMENTS = (PTR, PTR, I64, PTR, I64, I64, I64, I64)
 """scores: query, keys, bytes between positions, out, bytes between heads of out, positions, head size, heads
@@ -20,49 +20,56 @@ values: weights, values, bytes between positions, out, bytes between heads of we
 
 TILE = 4  # positions whose scores are summed together
 SHAPES = ((8, 4), (8, 1), (1, 1))  # (lanes, vectors at a time): head sizes in multiples of 32, of 8, any
+TOGETHER = (3, 4, 2, 1)  # query heads that share a converted key or value; the first that divides the group
 
 
-def scores_name(lanes: int) -> str:
-    return f"scores_{lanes}"
+def scores_name(lanes: int, together: int) -> str:
+    return f"scores_{lanes}h{together}"
 
 
-def values_name(lanes: int, vectors: int) -> str:
-    return f"values_{lanes}x{vectors}"
+def values_name(lanes: int, vectors: int, together: int) -> str:
+    return f"values_{lanes}x{vectors}h{together}"
 
 
-def shape_for(head_dim: int) -> tuple[int, int]:
-    """The widest of SHAPES that divides a head."""
-    return next(s for s in SHAPES if head_dim % (s[0] * s[1]) == 0)
+def shape_for(head_dim: int, group: int) -> tuple[int, int, int]:
+    """(lanes, vectors, heads together) for heads of a size, `group` of which share a kv head."""
+    lanes, vectors = next(s for s in SHAPES if head_dim % (s[0] * s[1]) == 0)
+    return lanes, vectors, next(t for t in TOGETHER if group % t == 0)
 
 
-def emit_scores(module: Any, lanes: int) -> None:
-    e = Emitter(module, scores_name(lanes), ARGUMENTS)
+def emit_scores(module: Any, lanes: int, together: int) -> None:
+    e = Emitter(module, scores_name(lanes, together), ARGUMENTS)
     query, keys, slot_bytes, out, out_stride, positions, size, heads = e.function.args
     tile = TILE if lanes > 1 else 1
-    tiles = e.b.udiv(positions, e.int(tile))
-    rest = e.b.urem(positions, e.int(tile))
-    with e.loop(heads) as head:
-        q = e.at(query, e.times(head, e.times(size, 4)))
-        target = e.at(out, e.times(head, out_stride))
+    tiles, rest = e.b.udiv(positions, e.int(tile)), e.b.urem(positions, e.int(tile))
+    with e.loop(e.b.udiv(heads, e.int(together))) as index:
+        head = e.times(index, together)
+        queries = [e.at(query, e.times(e.plus(head, h), e.times(size, 4))) for h in range(together)]
+        targets = [e.at(out, e.times(e.plus(head, h), out_stride)) for h in range(together)]
         for count, step, start in ((tiles, tile, e.int(0)), (rest, 1, e.times(tiles, tile))):
-            with e.loop(count) as index:
-                position = e.plus(start, e.times(index, step))
+            with e.loop(count) as number:
+                position = e.plus(start, e.times(number, step))
                 rows = [e.at(keys, e.times(e.plus(position, i), slot_bytes)) for i in range(step)]
-                sums = _dots(e, lanes, q, rows, size)
-                e.store(sums, target, e.times(position, 4), align=4)
+                for sums, target in zip(_dots(e, lanes, queries, rows, size), targets, strict=True):
+                    e.store(sums, target, e.times(position, 4), align=4)
     e.b.ret_void()
 
 
-def _dots(e: Emitter, lanes: int, q: Any, rows: list[Any], size: Any) -> Any:
-    """float32 [rows]: the query by each row."""
+def _dots(e: Emitter, lanes: int, queries: list[Any], rows: list[Any], size: Any) -> list[Any]:
+    """For each query, float32 [rows]: the query by each row."""
     floats = vector(F32, lanes)
-    slots = e.variables(floats, len(rows))
+    slots = [e.variables(floats, len(rows)) for _ in queries]
+    for slot in (s for line in slots for s in line):
+        e.b.store(filled(floats, 0.0), slot)
     with e.loop(e.b.udiv(size, e.int(lanes))) as chunk:
-        x = e.load(floats, q, e.times(chunk, 4 * lanes), align=4)
-        for slot, row in zip(slots, rows, strict=True):
-            key = e.floats_of_bfloat(e.load(vector(I16, lanes), row, e.times(chunk, 2 * lanes), align=2))
-            e.b.store(e.fma(x, key, e.get(slot, floats)), slot)
-    return _sum_lanes(e, [e.get(slot, floats) for slot in slots])
+        keys = [
+            e.floats_of_bfloat(e.load(vector(I16, lanes), row, e.times(chunk, 2 * lanes), align=2)) for row in rows
+        ]
+        for query, line in zip(queries, slots, strict=True):
+            x = e.load(floats, query, e.times(chunk, 4 * lanes), align=4)
+            for slot, key in zip(line, keys, strict=True):
+                e.b.store(e.fma(x, key, e.get(slot, floats)), slot)
+    return [_sum_lanes(e, [e.get(slot, floats) for slot in line]) for line in slots]
 
 
 def _sum_lanes(e: Emitter, values: list[Any]) -> Any:
@@ -86,29 +93,37 @@ def _neighbours(e: Emitter, a: Any, b: Any) -> Any:
     return e.b.fadd(e.b.shuffle_vector(a, b, even), e.b.shuffle_vector(a, b, odd))
 
 
-def emit_values(module: Any, lanes: int, vectors: int) -> None:
-    e = Emitter(module, values_name(lanes, vectors), ARGUMENTS)
+def emit_values(module: Any, lanes: int, vectors: int, together: int) -> None:
+    e = Emitter(module, values_name(lanes, vectors, together), ARGUMENTS)
     weights, values, slot_bytes, out, weight_stride, positions, size, heads = e.function.args
     floats, width = vector(F32, lanes), lanes * vectors
-    with e.loop(heads) as head:
-        row = e.at(weights, e.times(head, weight_stride))
+    with e.loop(e.b.udiv(heads, e.int(together))) as index:
+        head = e.times(index, together)
+        rows = [e.at(weights, e.times(e.plus(head, h), weight_stride)) for h in range(together)]
+        outs = [e.at(out, e.times(e.plus(head, h), e.times(size, 4))) for h in range(together)]
         with e.loop(e.b.udiv(size, e.int(width))) as chunk:
-            target = e.at(out, e.times(e.plus(e.times(head, size), e.times(chunk, width)), 4))
-            slots = [e.variable(e.load(floats, target, 4 * lanes * v, align=4)) for v in range(vectors)]
+            targets = [e.at(o, e.times(chunk, 4 * width), 4 * lanes * v) for o in outs for v in range(vectors)]
+            slots = [e.variable(e.load(floats, target, align=4)) for target in targets]
             with e.loop(positions) as position:
-                weight = e.splat(e.load(F32, row, e.times(position, 4), align=4), lanes)
+                at = e.times(position, 4)
                 value = e.at(values, e.times(position, slot_bytes), e.times(chunk, 2 * width))
-                for v, slot in enumerate(slots):
-                    part = e.floats_of_bfloat(e.load(vector(I16, lanes), value, 2 * lanes * v, align=2))
-                    e.b.store(e.fma(weight, part, e.get(slot, floats)), slot)
-            for v, slot in enumerate(slots):
-                e.store(e.get(slot, floats), target, 4 * lanes * v, align=4)
+                parts = [
+                    e.floats_of_bfloat(e.load(vector(I16, lanes), value, 2 * lanes * v, align=2))
+                    for v in range(vectors)
+                ]
+                for h, row in enumerate(rows):
+                    weight = e.splat(e.load(F32, row, at, align=4), lanes)
+                    for part, slot in zip(parts, slots[h * vectors : (h + 1) * vectors], strict=True):
+                        e.b.store(e.fma(weight, part, e.get(slot, floats)), slot)
+            for slot, target in zip(slots, targets, strict=True):
+                e.store(e.get(slot, floats), target, align=4)
     e.b.ret_void()
 
 
 def emit_attention(module: Any) -> None:
     """Every shape of both."""
-    for lanes in sorted({lanes for lanes, _ in SHAPES}):
-        emit_scores(module, lanes)
-    for lanes, vectors in SHAPES:
-        emit_values(module, lanes, vectors)
+    for together in TOGETHER:
+        for lanes in sorted({lanes for lanes, _ in SHAPES}):
+            emit_scores(module, lanes, together)
+        for lanes, vectors in SHAPES:
+            emit_values(module, lanes, vectors, together)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from nybble_kernels.numba import quantize_kernel
 from nybble_kernels.numba.activation import KINDS
 from nybble_kernels.numba.arena import Arena, floats
 from nybble_kernels.numba.attention_kernels import scores_name, shape_for, values_name
@@ -118,8 +119,8 @@ class ProgramBuilder:
         """out = attention of the new position; `length` is the most positions it can see."""
         self.scratch = max(self.scratch, length * (shape.heads // shape.kv_heads))
         sizes = shape.heads, shape.kv_heads, shape.head_dim
-        lanes, vectors = shape_for(shape.head_dim)
-        kernels = self.kernels[scores_name(lanes)], self.kernels[values_name(lanes, vectors)]
+        lanes, vectors, heads = shape_for(shape.head_dim, shape.heads // shape.kv_heads)
+        kernels = self.kernels[scores_name(lanes, heads)], self.kernels[values_name(lanes, vectors, heads)]
         tail = layer, window or 0, bits_of(shape.scale), *kernels
         self.ops.append(
             record(Code.ATTEND, qkv.address, qkv.stride, out.address, *sizes, *tail, per_row=shape.kv_heads)
@@ -148,7 +149,7 @@ class ProgramBuilder:
                 self.scratch = max(self.scratch, weight.width)
                 self.kept.append(columns)
                 place = columns.data_ptr()
-            arguments = x.address, x.stride, target, stride, weight.width, place
+            arguments = x.address, x.stride, target, stride, weight.width, place, self.kernels[quantize_kernel.NAME]
             self.ops.append(record(Code.QUANTIZE, *arguments, per_row=1))
             self._integers[key] = target, stride
         return self._integers[key]

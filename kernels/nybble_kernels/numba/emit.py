@@ -79,7 +79,7 @@ class Emitter:
         return self.call(f"llvm.fma.{suffix}", kind, a, b, c)
 
     def prefetch(self, base: Any, *offsets: Any) -> None:
-        read, keep, data = (ir.Constant(I32, v) for v in (0, 3, 1))
+        read, keep, data = I32(0), I32(3), I32(1)
         self.call("llvm.prefetch.p0", VOID, self.at(base, *offsets), read, keep, data)
 
     def variables(self, kind: Any, count: int) -> list[Any]:

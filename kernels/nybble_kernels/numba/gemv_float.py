@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nybble_kernels.numba.emit import F32, I16, I64, PTR, Emitter, vector
+from nybble_kernels.numba.gemv import PREFETCH_BYTES
 from nybble_kernels.numba.isa import Isa
 from nybble_kernels.numba.layout import ROWS
 
@@ -25,7 +26,7 @@ def emit_float(module: Any, isa: Isa, tile: int) -> None:
     results = e.variables(floats, tile * len(parts))
     with e.loop(inputs) as k:
         column = e.at(block, e.times(k, 2 * ROWS))
-        e.prefetch(column, 4096)
+        e.prefetch(column, PREFETCH_BYTES)
         inputs_k = [e.splat(e.load(F32, row, e.times(k, 4), align=4), lanes) for row in rows]
         for part in parts:
             weight = e.floats_of_bfloat(e.load(vector(I16, lanes), column, 2 * lanes * part, align=2))

@@ -22,6 +22,12 @@ def fast(function: F) -> F:
     return cast(F, njit(nogil=True, boundscheck=False, error_model="numpy", fastmath=_REASSOCIATE)(function))
 
 
+def fastest(function: F) -> F:
+    """The same, where a NaN may give any result (another part of the op passes it on)."""
+    flags = _REASSOCIATE | {"nnan"}
+    return cast(F, njit(nogil=True, boundscheck=False, error_model="numpy", fastmath=flags)(function))
+
+
 def entry(signature: str) -> Callable[[F], F]:
     """Compile for one signature now, or load it from the cache on disk."""
 

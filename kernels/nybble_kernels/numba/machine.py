@@ -15,6 +15,7 @@ from nybble_kernels.numba.gemv import emit_gemv
 from nybble_kernels.numba.gemv_float import emit_float
 from nybble_kernels.numba.isa import Isa
 from nybble_kernels.numba.layout import FORMATS, TILES
+from nybble_kernels.numba.quantize_kernel import emit_quantize
 
 
 def build_module(isa: Isa) -> str:
@@ -27,6 +28,7 @@ def build_module(isa: Isa) -> str:
     for tile in TILES:
         emit_float(module, isa, tile)
     emit_attention(module)
+    emit_quantize(module)
     return str(module)
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf import quants
-from nybble_kernels.quantized import QuantizedTensor
 from torch import Tensor
 
+from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.errors import BrokenCheckpoint, UnsupportedModel
 from nybble_models.families import FAMILIES, Family
 from nybble_models.formats.gguf_header import TensorInfo, read_header
@@ -27,7 +27,12 @@ PROJECTIONS = {
     "up": "ffn_up",
     "down": "ffn_down",
 }
-NORMS = {"attention_norm": "attn_norm", "mlp_norm": "ffn_norm", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}
+NORMS = {
+    "attention_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+}
 BLOCK = 32  # inputs that share a scale in Q4_0, Q4_1 and Q8_0
 LLAMA3_POSITIONS = 8192  # what every Llama 3.x was trained on before its frequencies were stretched
 
@@ -122,7 +127,8 @@ class Gguf:
         made = 1 / ((1 - blend) / factor + blend)
         if stored.shape != made.shape or not torch.allclose(stored, made, rtol=1e-3):
             raise UnsupportedModel(
-                f"{self.path}: its rope_freqs are not those of Llama 3", hint="use the safetensors form of the model"
+                f"{self.path}: its rope_freqs are not those of Llama 3",
+                hint="use the safetensors form of the model",
             )
         return {
             "rope_type": "llama3",
@@ -153,8 +159,8 @@ class Gguf:
         info = self._infos[self._stored_name(name)]
         if info.kind not in DECODERS or len(info.shape) != 2:
             raise UnsupportedModel(
-                f"{self.path}: {name} is {info.kind.name} {list(info.shape)}, not a matrix of Q4_0, Q4_1 or Q8_0",
-                hint="read it as a float tensor",
+                f"{self.path}: {name} is {info.kind.name} {list(info.shape)}, not a 4- or 8-bit matrix",
+                hint="Q4_0, Q4_1 and Q8_0 matrices have exact levels; read others as float",
             )
         raw = torch.from_numpy(self._raw(info)).view(info.shape[0], info.shape[1] // BLOCK, -1)
         return _reordered(DECODERS[info.kind](raw), self._row_order(name, info.shape[0]))
@@ -167,7 +173,9 @@ class Gguf:
     def _stored_name(self, name: str) -> str:
         stored = self._stored.get(name)
         if stored not in self._infos:
-            raise BrokenCheckpoint(f"{self.path} has no tensor {name!r}", hint="convert the model to GGUF again")
+            raise BrokenCheckpoint(
+                f"{self.path} has no tensor {name!r}", hint="convert the model to GGUF again"
+            )
         return str(stored)
 
     def _raw(self, info: TensorInfo) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -190,7 +198,7 @@ class Gguf:
         return tensor if order is None else tensor[order]
 
     def _row_order(self, name: str, rows: int) -> Tensor | None:
-        """Where each row of a llama q or k lies in the file: pairs (2i, 2i + 1) become halves (i, i + E/2)."""
+        """Where each row of a llama q or k lies in the file: pairs (2i, 2i + 1) become (i, i + E/2)."""
         projection = next((p for p in "qk" if f"self_attn.{p}_proj." in name), None)
         if self._architecture != "llama" or projection is None:
             return None
@@ -204,7 +212,9 @@ def _stored_names(family: Family, layers: int) -> dict[str, str]:
     for layer in range(layers):
         for names, stored in ((family.projections, PROJECTIONS), (family.norms, NORMS)):
             stems |= {name.format(i=layer): f"blk.{layer}.{stored[role]}" for role, name in names.items()}
-    return {f"{stem}.{part}": f"{stored}.{part}" for stem, stored in stems.items() for part in ("weight", "bias")}
+    return {
+        f"{stem}.{part}": f"{stored}.{part}" for stem, stored in stems.items() for part in ("weight", "bias")
+    }
 
 
 def _shortest(value: Any) -> float:
@@ -230,7 +240,11 @@ def _q8_0(raw: Tensor) -> QuantizedTensor:
     return QuantizedTensor(codes, _halves(raw, 0), bits=8, group_size=BLOCK)
 
 
-DECODERS: Mapping[Kind, Callable[[Tensor], QuantizedTensor]] = {Kind.Q4_0: _q4_0, Kind.Q4_1: _q4_1, Kind.Q8_0: _q8_0}
+DECODERS: Mapping[Kind, Callable[[Tensor], QuantizedTensor]] = {
+    Kind.Q4_0: _q4_0,
+    Kind.Q4_1: _q4_1,
+    Kind.Q8_0: _q8_0,
+}
 
 
 def _nibbles(packed: Tensor) -> Tensor:

@@ -43,7 +43,9 @@ def read_header(path: Path) -> Header:
     except FileNotFoundError:
         raise BrokenCheckpoint(f"{path} is missing", hint="give the path of a .gguf file") from None
     except (struct.error, ValueError, KeyError) as error:
-        raise BrokenCheckpoint(f"{path} is not a whole GGUF file ({error})", hint="download the file again") from None
+        raise BrokenCheckpoint(
+            f"{path} is not a whole GGUF file ({error})", hint="download the file again"
+        ) from None
     end = max((t.offset + t.nbytes for t in header.tensors.values()), default=0)
     if end > path.stat().st_size:
         raise BrokenCheckpoint(

@@ -117,7 +117,9 @@ def _sentencepiece(metadata: Metadata, vocabulary: dict[str, int]) -> Tokenizer:
     """Llama 2's kind: pieces merged by score, "▁" for a space, unknown characters as bytes."""
     merges = _merges(vocabulary, metadata["tokenizer.ggml.scores"])
     unknown = _token(metadata, "unknown") if "tokenizer.ggml.unknown_token_id" in metadata else "<unk>"
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
     prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
     steps: list[Any] = [normalizers.Prepend("▁")] if prefixed else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])

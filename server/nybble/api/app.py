@@ -15,8 +15,7 @@ from nybble.api.auth import Auth
 from nybble.api.failures import add_handlers
 from nybble.api.lifecycle import Build, Lifecycle, Loaded
 from nybble.api.metrics import Metrics
-from nybble.api.middleware import Access, BodyLimit, Gate
-from nybble.api.schema import ErrorAnswer
+from nybble.api.middleware import Access, Gate, RequestLimit
 from nybble.api.schema import ErrorAnswer
 from nybble.api.service import Service
 from nybble.config import ServeConfig
@@ -61,7 +60,7 @@ def create_app(
         app.include_router(part.router)
     add_handlers(app)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, timeout=config.body_timeout)
+    app.add_middleware(RequestLimit, max_bytes=config.max_body_bytes, timeout=config.body_timeout)
     app.add_middleware(Gate, service=service)
     app.add_middleware(Auth, keys=config.keys(), metrics_open=config.metrics_open)
     app.add_middleware(Access, service=service)

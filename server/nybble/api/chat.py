@@ -72,10 +72,10 @@ class ChatDialect:
             event = self._heads[choice.index] + b'"content":' + orjson.dumps(piece.text) + self._tail
         else:
             delta = {"content": piece.text} if piece.text else {}
-            event = self._event(choice.index, delta, piece)
+            event = self._event(choice, delta, piece)
         if choice.index in self._unnamed:
             self._unnamed.discard(choice.index)
-            return self._event(choice.index, {"role": "assistant", "content": ""}, Piece("")) + event
+            return self._event(choice, {"role": "assistant", "content": ""}, Piece("")) + event
         return event
 
     def usage_chunk(self, usage: Usage) -> bytes:
@@ -85,10 +85,12 @@ class ChatDialect:
         answers = [self._answer(index, Piece.join(parts)) for index, parts in pieces.items()]
         return {**self._envelope.fields, "choices": answers, "usage": usage.fields()}
 
-    def _event(self, index: int, delta: dict[str, str], piece: Piece) -> bytes:
+    def _event(self, choice: Choice, delta: dict[str, str], piece: Piece) -> bytes:
         scores = self._scores(piece) if piece.marks else None
-        choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": piece.finish}
-        return self._envelope.event([choice], self._usage.field(self._generation.usage))
+        part = {"index": choice.index, "delta": delta, "logprobs": scores, "finish_reason": piece.finish}
+        return self._envelope.event(
+            [part], self._usage.field(lambda: self._generation.usage_of(choice, piece))
+        )
 
     def _answer(self, index: int, piece: Piece) -> dict[str, Any]:
         message = {"role": "assistant", "content": piece.text, "refusal": None}

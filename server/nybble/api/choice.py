@@ -25,17 +25,18 @@ class Mark:
 
 @dataclass(slots=True)
 class Piece:
-    """What can be shown now. `finish` is set in the last piece."""
+    """What can be shown now, after so many tokens. `finish` is set in the last piece."""
 
     text: str
     marks: Sequence[Mark] = ()
     finish: FinishReason | None = None
+    tokens: int = 0
 
     @classmethod
     def join(cls, pieces: Sequence[Piece]) -> Piece:
         """All of a finished choice; there is at least the last piece."""
         marks = [mark for piece in pieces for mark in piece.marks]
-        return cls("".join([piece.text for piece in pieces]), marks, pieces[-1].finish)
+        return cls("".join([piece.text for piece in pieces]), marks, pieces[-1].finish, pieces[-1].tokens)
 
 
 class Choice:
@@ -71,7 +72,7 @@ class Choice:
             text += self._end(delta)
         self._sent += len(text)
         marks = self._release() if self._pending else ()
-        return Piece(text, marks, self.finish) if text or marks or self.finish else None
+        return Piece(text, marks, self.finish, self.tokens) if text or marks or self.finish else None
 
     def _take_echo(self, delta: Delta) -> str:
         if not self._echo:

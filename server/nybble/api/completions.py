@@ -74,9 +74,8 @@ class CompletionDialect:
     def chunk(self, choice: Choice, piece: Piece) -> bytes:
         if piece.finish is None and self._top is None and not self._usage.continuous:
             return self._heads[choice.index] + orjson.dumps(piece.text) + self._tail
-        return self._envelope.event(
-            [self._choice(choice.index, piece)], self._usage.field(self._generation.usage)
-        )
+        usage = self._usage.field(lambda: self._generation.usage_of(choice, piece))
+        return self._envelope.event([self._choice(choice.index, piece)], usage)
 
     def usage_chunk(self, usage: Usage) -> bytes:
         return self._envelope.event([], {"usage": usage.fields()}) if self._usage.included else b""

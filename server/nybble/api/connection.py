@@ -10,8 +10,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nybble.api.failures import error_body
 
-MAX_HEADER_BYTES = 64 * 1024
-
 
 def protocol_with_deadline(seconds: float) -> type[H11Protocol]:
     """Counts to the end of the headers, from the connection's start and later from a request's first byte.

@@ -109,6 +109,10 @@ class Generation:
             sum(max(self._cached[i : i + n]) for i in range(0, len(self.choices), n)),
         )
 
+    def usage_of(self, choice: Choice, piece: Piece) -> Usage:
+        """Of one choice, as far as this piece."""
+        return Usage(len(choice.prompt.ids), piece.tokens, self._cached[choice.index])
+
     def fail(self, error: NybbleError) -> None:
         self._inbox.fail(error)
 

@@ -12,11 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nybble.api.failures import error_response, internal_error
 from nybble.api.service import Service
-from nybble.errors import BodyTimeout, NybbleError, PayloadTooLarge
+from nybble.errors import BodyTimeout, HeadersTooLarge, NybbleError, PayloadTooLarge
 
 log = logging.getLogger("nybble.api")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:/+=-]{1,128}")
+MAX_HEADER_BYTES = 64 * 1024
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
 
 
@@ -85,12 +86,16 @@ class Gate:
             self._lifecycle.in_flight -= 1
 
 
-class BodyLimit:
-    """Reads the body before the route runs: at most so many bytes, in at most so many seconds."""
+class RequestLimit:
+    """Reads the body before the route runs: at most so many bytes, in at most so many seconds.
+
+    What is somewhat too large is read to its end and dropped: a client that is still sending sees no answer.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._patience = 8 * max_bytes
         self._timeout = timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,12 +103,13 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         try:
+            _check_headers(scope)
             self._check_declared(scope)
             async with asyncio.timeout(self._timeout):
                 body = await self._read(receive)
         except TimeoutError:
             await _refuse(BodyTimeout("The body took too long to arrive."), scope, receive, send)
-        except PayloadTooLarge as error:
+        except (HeadersTooLarge, PayloadTooLarge) as error:
             await _refuse(error, scope, receive, send)
         else:
             if body is not None:
@@ -111,30 +117,36 @@ class BodyLimit:
 
     def _check_declared(self, scope: Scope) -> None:
         for name, value in scope["headers"]:
-            if (
-                name == b"content-length"
-                and value.isdigit()
-                and (len(value) > 18 or int(value) > self._max_bytes)
-            ):
+            if name == b"content-length" and (len(value) > 18 or int(value) > self._patience):
                 raise self._too_large()
 
     async def _read(self, receive: Receive) -> bytes | None:
         """None if the client went away."""
         parts: list[bytes] = []
         size = 0
-        while True:
+        more = True
+        while more and size <= self._patience:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
+            more = message.get("more_body", False)
+            size += len(message.get("body", b""))
             if size > self._max_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                return b"".join(parts)
+                parts.clear()
+            else:
+                parts.append(message.get("body", b""))
+        if size > self._max_bytes:
+            raise self._too_large()
+        return b"".join(parts)
 
     def _too_large(self) -> PayloadTooLarge:
         return PayloadTooLarge(f"The body is larger than {self._max_bytes} bytes.")
+
+
+def _check_headers(scope: Scope) -> None:
+    """The parser stops what does not fit into one read; this is for what does."""
+    if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+        raise HeadersTooLarge(f"The headers are larger than {MAX_HEADER_BYTES} bytes.")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -21,7 +21,7 @@ from nybble.commands.address import ADDRESS_HELP, base_url
 from nybble.errors import UsageError
 from nybble.progress import Display, display
 
-HEADS = ("streams", "requests", "failed", "first", "p99", "next", "p99", "tok/s each", "tok/s all")
+HEADS = ("streams", "done", "failed", "first", "p99", "next", "p99", "tok/s each", "tok/s all")
 CAPTION = "first, next: median ms to the first token and from token to token, each with its 99th percentile"
 
 

@@ -24,6 +24,17 @@ _MAX_REPEATED = 1024
 KWARGS: Mapping[str, type] = {"enable_thinking": bool, "thinking": bool, "date_string": str}
 """What a request may hand to the template, and nothing else."""
 
+_FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+)
+"""What a template can end with; all of it means that these messages do not suit it."""
+
 _END = "\ue000nybble-end-of-message\ue001"
 
 
@@ -66,7 +77,7 @@ class ChatTemplate:
                 if size > MAX_RENDERED:
                     raise SecurityError("the rendered prompt is too long")
                 pieces.append(piece)
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError, OverflowError) as exc:
+        except _FAILURES as exc:
             reason = (str(exc) or type(exc).__name__)[:200]
             raise InvalidRequest(
                 f"The chat template refused these messages: {reason}", param="messages"

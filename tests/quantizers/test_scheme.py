@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nybble_models.errors import ModelError
+from nybble_quantizers.scheme import Scheme, preset
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"method": "magic"},
+        {"bits": 1},
+        {"bits": 9},
+        {"group_size": 0},
+        {"group_size": -2},
+        {"samples": 0},
+        {"length": 1},
+        {"grid": 0},
+    ],
+    ids=str,
+)
+def test_nonsense_is_refused_in_one_line(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ModelError) as caught:
+        Scheme(**wrong)
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("scheme", "label"),
+    [
+        (Scheme(), "awq-w4g64"),
+        (Scheme(method="rtn", group_size=128, symmetric=True), "rtn-w4g128-sym"),
+        (Scheme(group_size=-1), "awq-w4channel"),
+        (Scheme(method="none"), "w16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_label_says_what_is_in_the_folder(scheme: Scheme, label: str) -> None:
+    assert scheme.label == label
+
+
+def test_a_preset_can_be_changed() -> None:
+    assert preset("W4A16", group_size=32) == preset("W4A16-g32")
+    with pytest.raises(ModelError, match="W2A2") as caught:
+        preset("W2A2")
+    assert "W4A16" in caught.value.hint
+
+
+def test_skip_patterns_are_shell_patterns() -> None:
+    scheme = Scheme(skip=("*.down_proj", "model.layers.0.*"))
+    assert scheme.skips("model.layers.7.mlp.down_proj")
+    assert scheme.skips("model.layers.0.mlp.up_proj")
+    assert not scheme.skips("model.layers.10.mlp.up_proj")
