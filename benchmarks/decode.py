@@ -48,7 +48,7 @@ class InProcess:
 
     def __init__(self, config: ServeConfig) -> None:
         self.engine: Engine = build_engine(config, lambda phase, part: None)
-        self.prompt = tuple(Tokenizer.load(Path(self.engine.info.directory)).encode(PROMPT))
+        self.prompt = tuple(Tokenizer.load(Path(self.engine.info.directory)).encode(PROMPT).ids)
         self.count = 0
 
     def rate(self, tokens: int) -> float:

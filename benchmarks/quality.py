@@ -1,8 +1,8 @@
 """Perplexity of a model unquantized, rounded to nearest, and by AWQ, in the protocol of the papers.
 
-    python benchmarks/quality.py --text wiki.test.raw                    the default model, groups of 64 and 32
-    python benchmarks/quality.py --text wiki.test.raw --engine serve     through the serving engine itself
-    python benchmarks/quality.py --text wiki.test.raw --save             append to benchmarks/results/quality.jsonl
+    python benchmarks/quality.py --text wiki.test.raw                 the default model, groups of 64 and 32
+    python benchmarks/quality.py --text wiki.test.raw --engine serve  through the serving engine itself
+    python benchmarks/quality.py --text wiki.test.raw --save          append to results/quality.jsonl
 
 The text is the raw WikiText-2 test split, tokenized in one call and cut into windows that do not overlap; the
 score is exp of the mean over windows of the mean loss of a window's tokens after its first. `--windows 12`
@@ -53,7 +53,7 @@ def windows(ids: list[int], length: int, count: int) -> Tensor:
     whole = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     if not 0 < count < len(whole):
         return whole
-    return whole[torch.linspace(0, len(whole) - 1, count).round().long()]
+    return whole[:: len(whole) // count][:count]
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from nybble_kernels.numba.arena import Arena
 from nybble_kernels.numba.builder import LOGITS, Attention, Buffer, ProgramBuilder
 from nybble_kernels.numba.compiled import compiled_step, kernels
@@ -11,8 +13,6 @@ from nybble_kernels.numba.isa import choose
 from nybble_kernels.numba.program import DecodeProgram, Limits
 from nybble_kernels.numba.weight import HeldWeight, packed_bound
 from nybble_kernels.quantized import Weight
-from torch import Tensor
-
 from nybble_models.rotary import rotary_table
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Norm, Weights, fuse
@@ -33,8 +33,8 @@ def build_program(
 ) -> DecodeProgram:
     """Pack the model and compile its decode step (some seconds on the first start, then from disk).
 
-    kv: bfloat16 [layers, blocks, 2, block_size, kv_heads, head_dim], zeros at first · head: the output matrix in
-    the form it is to be kept; where the model ties it to the embedding, the embedding is read from it too.
+    kv: bfloat16 [layers, blocks, 2, block_size, kv_heads, head_dim], zeros at first · head: the output matrix
+    in the form it is to be kept; where the model ties it to the embedding, the embedding is read from it too.
     """
     chosen = choose(isa)
     run = compiled_step(progress)
@@ -67,7 +67,10 @@ class _Writer:
         self.linears: dict[tuple[int, str], Sequence[HeldWeight]] = {}
         cos, sin = rotary_table(spec, spec.max_positions) if spec.positions == "rotary" else (None, None)
         self.shape = Attention(
-            spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.attention_scale,
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.attention_scale,
             *(None if t is None else t.contiguous() for t in (cos, sin)),
         )
         query = spec.num_heads * spec.head_dim
@@ -96,8 +99,8 @@ class _Writer:
         builder, spec = self.builder, self.spec
         self._norm(self.x, self.normed, block.norms["attention_norm"])
         self._stack(layer, "qkv", block, ("q", "k", "v"), self.normed, self.qkv)
-        norms = (block.norms["q_norm"].weight, block.norms["k_norm"].weight) if spec.qk_norm else (None, None)
-        builder.place(self.qkv, self.shape, layer, *norms, spec.norm_eps)
+        norms = [block.norms[n].weight if spec.qk_norm else None for n in ("q_norm", "k_norm")]
+        builder.place(self.qkv, self.shape, layer, norms[0], norms[1], spec.norm_eps)
         builder.attend(self.qkv, self.mixed, self.shape, layer, spec.window(layer), self.length)
         self._stack(layer, "o", block, ("o",), self.mixed, self.x, residual=True)
 
@@ -113,7 +116,14 @@ class _Writer:
         self.builder.norm(x, y, norm.weight, norm.bias, self.spec.norm_eps, self.spec.norm == "layer")
 
     def _stack(
-        self, layer: int, name: str, block: Block, names: Sequence[str], x: Buffer, y: Buffer, residual: bool = False
+        self,
+        layer: int,
+        name: str,
+        block: Block,
+        names: Sequence[str],
+        x: Buffer,
+        y: Buffer,
+        residual: bool = False,
     ) -> None:
         """Projections that read one input: fused where their kinds allow, else side by side."""
         held: list[HeldWeight] = []

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.checkpoint import write_json
+from nybble_models.weights import Linear
+from nybble_quantizers.block import Finding
+from nybble_quantizers.folding import float_weight
+
+LIBRARIES = ("nybble", "torch", "transformers", "safetensors", "gguf")
 
 Stage = Literal["calibrate", "quantize", "write"]
 
@@ -64,3 +72,27 @@ class QuantReport:
 
     def write(self, directory: Path) -> None:
         write_json(directory / "quant_report.json", asdict(self))
+
+
+def layer_report(name: str, folded: Linear, quantized: Linear, found: Finding) -> LayerReport:
+    """Measure one rounded linear against the weight that was rounded."""
+    weight, made = float_weight(folded), quantized.weight
+    if not isinstance(made, QuantizedTensor):
+        raise TypeError(f"{name} was not quantized")
+    missed = made.dequantize() - weight
+    error = float(missed.square().mean().sqrt() / weight.square().mean().sqrt().clamp(min=1e-30))
+    sqnr = None if found.noise is None else -10 * math.log10(max(found.noise, 1e-30))
+    return LayerReport(
+        name, made.bits, made.group_size, made.nbytes, error, sqnr, found.ratio, found.duo, found.clip_share
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide what is written."""
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:  # run from the source tree
+            found[library] = "source"
+    return found

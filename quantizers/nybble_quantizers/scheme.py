@@ -28,7 +28,7 @@ class Scheme:
     group_size: int = 64
     symmetric: bool = False
     clip: bool = True
-    samples: int = 32
+    samples: int = 16
     length: int = 256
     grid: int = 20
     skip: tuple[str, ...] = ()

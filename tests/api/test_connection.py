@@ -103,6 +103,27 @@ def test_failure_before_the_first_token_has_a_status(
     assert ("retry-after" in answer.headers) == (status == 503)
 
 
+def test_official_client_streams_a_chat(served: Served, shared_engine: FakeEngine) -> None:
+    shared_engine.script = says("Bonjour, été 👍")
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0) as client:
+        model = client.models.list().data[0].id
+        options: Any = {"include_usage": True}
+        messages: Any = [{"role": "user", "content": "hi"}]
+        chunks = list(
+            client.chat.completions.create(
+                model=model, messages=messages, stream=True, stream_options=options
+            )
+        )
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model=model, messages=messages, max_tokens=10**6)
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("nope")
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == "Bonjour, été 👍"
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == len(text.encode())
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+
+
 @pytest.mark.parametrize("how", [ERROR, ABORT], ids=["error", "abort"])
 @pytest.mark.parametrize("route", BODIES)
 def test_failure_in_a_stream_raises_in_the_client(

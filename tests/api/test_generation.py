@@ -218,8 +218,8 @@ def test_final_message_is_continued(served: Served, shared_engine: FakeEngine) -
 
 def test_parameters_reach_the_engine(served: Served, shared_engine: FakeEngine) -> None:
     given: dict[str, Any] = {
-        "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1,
-        "repetition_penalty": 1.2, "seed": 42, "min_tokens": 2, "ignore_eos": True,
+        "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "presence_penalty": 1,
+        "frequency_penalty": -1, "repetition_penalty": 1.2, "seed": 42, "min_tokens": 2, "ignore_eos": True,
     }  # fmt: skip
     more = {"logit_bias": {"5": -100, "6": 1}, "stop_token_ids": [9], "max_tokens": 4, "logprobs": 3}
     shared_engine.seen.clear()

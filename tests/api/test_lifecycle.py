@@ -161,7 +161,8 @@ from support_engine import FakeEngine, says
 from nybble.api.serve import run
 from nybble.config import ServeConfig
 engine = FakeEngine(Path(sys.argv[1]), says("a" * 20, pause=0.05))
-run(ServeConfig(port=0, drain_timeout=20), build=lambda c, p: engine, on_listen=lambda port: print(port, flush=True))
+config = ServeConfig(port=0, drain_timeout=20)
+run(config, build=lambda c, p: engine, on_listen=lambda port: print(port, flush=True))
 """
 
 

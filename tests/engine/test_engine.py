@@ -321,3 +321,19 @@ def test_times_add_up() -> None:
     assert times is not None
     assert min(times.queue, times.prefill, times.decode) >= 0
     assert times.decode >= 5 * 0.002
+
+
+def test_a_broken_loop_ends_its_requests_and_says_so() -> None:
+    """An error outside any one request: nobody waits for ever, and the engine counts as dead."""
+    engine = make_engine()
+    engine._scheduler.plan = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    engine.start()
+    sink = Collector()
+    engine.submit(request("a", [1]), sink)
+    assert sink.wait().finish == "abort"
+    deadline = time.monotonic() + 5
+    while engine.stats().alive and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert not engine.stats().alive
+    with pytest.raises(EngineStopped):
+        engine.submit(request("b", [1]), Collector())

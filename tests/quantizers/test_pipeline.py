@@ -135,6 +135,22 @@ def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"symmetric": True}, {"group_size": -1}, {"clip": False}],
+    ids=["symmetric", "rows", "no clip"],
+)
+def test_the_scheme_is_what_is_read_back(tmp_path: Path, source: Path, changes: dict[str, Any]) -> None:
+    scheme = replace(AWQ, **changes)
+    report = quantize(source, tmp_path / "out", scheme)
+    for linear in Loader(Checkpoint(tmp_path / "out")).block(1).linears.values():
+        assert isinstance(linear.weight, QuantizedTensor)
+        assert linear.weight.symmetric == scheme.symmetric
+        assert linear.weight.group_size == scheme.group(linear.weight.in_features)
+    assert any(layer.clip_share for layer in report.layers) == scheme.clip
+    assert distance(tmp_path / "out", source) < 0.6
+
+
 def test_method_none_only_changes_the_container(tmp_path: Path, source: Path) -> None:
     report = quantize(source, tmp_path / "out", Scheme(method="none"))
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -226,7 +242,7 @@ def test_quantizing_twice_is_refused(tmp_path: Path, source: Path) -> None:
     ("scheme", "reason"),
     [
         (replace(RTN, bits=3), "4-bit"),
-        (replace(RTN, group_size=48), "group size"),
+        (replace(RTN, group_size=60), "group size"),
         (replace(RTN, skip=("*",)), "skip"),
     ],
     ids=["bits", "group", "all skipped"],

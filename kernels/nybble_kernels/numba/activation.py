@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from nybble_kernels.numba.floats import silu_f32, tanh_f32
 from nybble_kernels.numba.frame import FIRST
-from nybble_kernels.numba.jit import inline
+from nybble_kernels.numba.jit import f32, inline
 from nybble_kernels.numba.memory import get_f32, get_i64, set_f32
 
-f32 = np.float32
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _ZERO, _HALF, _ONE = f32(0), f32(0.5), f32(1)
 _ROOT_HALF = f32(math.sqrt(0.5))

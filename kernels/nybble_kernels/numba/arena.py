@@ -18,7 +18,8 @@ class Arena:
     """Weights one behind the other in the order in which a step reads them. Reserved memory costs nothing."""
 
     def __init__(self, reserve: int) -> None:
-        self._map = mmap.mmap(-1, reserve + HUGE + AHEAD)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self._map = mmap.mmap(-1, reserve + HUGE + AHEAD, **private)  # shared memory gets no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)

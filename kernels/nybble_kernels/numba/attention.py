@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from nybble_kernels.numba.floats import exp_f32
 from nybble_kernels.numba.frame import BLOCK_SIZE, FIRST, KV_VALUES, POSITIONS
-from nybble_kernels.numba.jit import fast, fastest, inline
+from nybble_kernels.numba.jit import f32, fast, fastest, inline
 from nybble_kernels.numba.memory import call_pages, f32_of_bits, get_f32, get_i32, get_i64, prefetch, set_f32
 from nybble_kernels.numba.place import keys_of
 
-f32 = np.float32
 AHEAD = 3  # pages
 _ZERO, _ONE, _LOWEST = f32(0), f32(1), f32(-3.0e38)
 
@@ -39,8 +36,8 @@ def softmax_row(scores: int, count: int, scale: float) -> None:
 
 @inline
 def attend(op: int, frame: int, scratch: int, low: int, high: int) -> None:
-    """Units [low, high), a unit is one kv head of one row. Arguments: qkv, bytes between rows, out, query heads,
-    kv heads, head size, layer, window or 0, bits of the scale, the kernels for scores and values.
+    """Units [low, high), a unit is one kv head of one row. Arguments: qkv, bytes between rows, out, query
+    heads, kv heads, head size, layer, window or 0, bits of the scale, the kernels for scores and values.
     """
     heads, kv_heads, size = get_i64(op, FIRST + 3), get_i64(op, FIRST + 4), get_i64(op, FIRST + 5)
     group = heads // kv_heads
@@ -78,10 +75,20 @@ def fetch_page(base: int, slot_bytes: int, slots: int, size: int) -> None:
 
 @inline
 def over_pages(
-    op: int, frame: int, row: int, kv_head: int, kernel: int, source: int, target: int, keys: int, first: int, count: int
+    op: int,
+    frame: int,
+    row: int,
+    kv_head: int,
+    kernel: int,
+    source: int,
+    target: int,
+    keys: int,
+    first: int,
+    count: int,
 ) -> None:
-    """Call a kernel for each page that holds positions [first, first + count). keys 1: scores, 0: values; the
-    side of a kernel that has a column for each position moves on from page to page.
+    """Call a kernel for each page that holds positions [first, first + count). keys 1: scores, 0: values.
+
+    The side of a kernel that has a column for each position moves on from page to page.
     """
     kv_heads, size, layer = get_i64(op, FIRST + 4), get_i64(op, FIRST + 5), get_i64(op, FIRST + 6)
     group = get_i64(op, FIRST + 3) // kv_heads
@@ -98,8 +105,9 @@ def over_pages(
             fetch_page(keys_of(frame, layer, row, soon) + away, slot_bytes, page, 2 * size)
         if keys == 1:
             fetch_page(held + get_i64(frame, KV_VALUES), slot_bytes, stop - start, 2 * size)
+        slots = stop - start
         if keys == 1:
-            call_pages(kernel, source, held, slot_bytes, target + column, 4 * count, stop - start, size, group)
+            call_pages(kernel, source, held, slot_bytes, target + column, 4 * count, slots, size, group)
         else:
-            call_pages(kernel, source + column, held, slot_bytes, target, 4 * count, stop - start, size, group)
+            call_pages(kernel, source + column, held, slot_bytes, target, 4 * count, slots, size, group)
         start = stop

@@ -16,7 +16,7 @@ from nybble_kernels.numba.emit import F32, I16, I32, I64, PTR, Emitter, filled, 
 
 ARGUMENTS = (PTR, PTR, I64, PTR, I64, I64, I64, I64)
 """scores: query, keys, bytes between positions, out, bytes between heads of out, positions, head size, heads
-values: weights, values, bytes between positions, out, bytes between heads of weights, positions, head size, heads"""
+values: weights, values, bytes between positions, out, the same of weights, positions, head size, heads"""
 
 TILE = 4  # positions whose scores are summed together
 SHAPES = ((8, 4), (8, 1), (1, 1))  # (lanes, vectors at a time): head sizes in multiples of 32, of 8, any
@@ -41,12 +41,12 @@ def emit_scores(module: Any, lanes: int, together: int) -> None:
     e = Emitter(module, scores_name(lanes, together), ARGUMENTS)
     query, keys, slot_bytes, out, out_stride, positions, size, heads = e.function.args
     tile = TILE if lanes > 1 else 1
-    tiles, rest = e.b.udiv(positions, e.int(tile)), e.b.urem(positions, e.int(tile))
-    with e.loop(e.b.udiv(heads, e.int(together))) as index:
+    tiles, rest = e.b.udiv(positions, e.i64(tile)), e.b.urem(positions, e.i64(tile))
+    with e.loop(e.b.udiv(heads, e.i64(together))) as index:
         head = e.times(index, together)
         queries = [e.at(query, e.times(e.plus(head, h), e.times(size, 4))) for h in range(together)]
         targets = [e.at(out, e.times(e.plus(head, h), out_stride)) for h in range(together)]
-        for count, step, start in ((tiles, tile, e.int(0)), (rest, 1, e.times(tiles, tile))):
+        for count, step, start in ((tiles, tile, e.i64(0)), (rest, 1, e.times(tiles, tile))):
             with e.loop(count) as number:
                 position = e.plus(start, e.times(number, step))
                 rows = [e.at(keys, e.times(e.plus(position, i), slot_bytes)) for i in range(step)]
@@ -61,9 +61,10 @@ def _dots(e: Emitter, lanes: int, queries: list[Any], rows: list[Any], size: Any
     slots = [e.variables(floats, len(rows)) for _ in queries]
     for slot in (s for line in slots for s in line):
         e.b.store(filled(floats, 0.0), slot)
-    with e.loop(e.b.udiv(size, e.int(lanes))) as chunk:
+    with e.loop(e.b.udiv(size, e.i64(lanes))) as chunk:
         keys = [
-            e.floats_of_bfloat(e.load(vector(I16, lanes), row, e.times(chunk, 2 * lanes), align=2)) for row in rows
+            e.floats_of_bfloat(e.load(vector(I16, lanes), row, e.times(chunk, 2 * lanes), align=2))
+            for row in rows
         ]
         for query, line in zip(queries, slots, strict=True):
             x = e.load(floats, query, e.times(chunk, 4 * lanes), align=4)
@@ -97,12 +98,14 @@ def emit_values(module: Any, lanes: int, vectors: int, together: int) -> None:
     e = Emitter(module, values_name(lanes, vectors, together), ARGUMENTS)
     weights, values, slot_bytes, out, weight_stride, positions, size, heads = e.function.args
     floats, width = vector(F32, lanes), lanes * vectors
-    with e.loop(e.b.udiv(heads, e.int(together))) as index:
+    with e.loop(e.b.udiv(heads, e.i64(together))) as index:
         head = e.times(index, together)
         rows = [e.at(weights, e.times(e.plus(head, h), weight_stride)) for h in range(together)]
         outs = [e.at(out, e.times(e.plus(head, h), e.times(size, 4))) for h in range(together)]
-        with e.loop(e.b.udiv(size, e.int(width))) as chunk:
-            targets = [e.at(o, e.times(chunk, 4 * width), 4 * lanes * v) for o in outs for v in range(vectors)]
+        with e.loop(e.b.udiv(size, e.i64(width))) as chunk:
+            targets = [
+                e.at(o, e.times(chunk, 4 * width), 4 * lanes * v) for o in outs for v in range(vectors)
+            ]
             slots = [e.variable(e.load(floats, target, align=4)) for target in targets]
             with e.loop(positions) as position:
                 at = e.times(position, 4)

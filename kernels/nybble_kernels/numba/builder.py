@@ -1,4 +1,4 @@
-"""Write a program: ops one after another over named buffers, weights packed in the order in which they run."""
+"""Write a program: ops one after another over buffers, weights packed in the order in which they run."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 from nybble_kernels.numba import quantize_kernel
 from nybble_kernels.numba.activation import KINDS
 from nybble_kernels.numba.arena import Arena, floats
@@ -17,8 +20,6 @@ from nybble_kernels.numba.frame import Code, record
 from nybble_kernels.numba.machine import Kernels
 from nybble_kernels.numba.weight import FloatWeight, HeldWeight, QuantizedWeight, activation_stride, hold
 from nybble_kernels.quantized import Weight
-from numpy.typing import NDArray
-from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +74,14 @@ class ProgramBuilder:
         """x = table[token] (+ positions[position + offset])."""
         place = 0 if positions is None else self._constant(positions)
         kind, address, *packed = self._table(table)
-        self.ops.append(record(Code.EMBED, x.address, x.width, kind, address, *packed, place, offset, per_row=1))
+        self.ops.append(
+            record(Code.EMBED, x.address, x.width, kind, address, *packed, place, offset, per_row=1)
+        )
         self._changed(x)
 
-    def norm(self, x: Buffer, y: Buffer, weight: Tensor, bias: Tensor | None, eps: float, layer_norm: bool) -> None:
+    def norm(
+        self, x: Buffer, y: Buffer, weight: Tensor, bias: Tensor | None, eps: float, layer_norm: bool
+    ) -> None:
         held = self._constant(weight), 0 if bias is None else self._constant(bias)
         self.count("norm", 4 * x.width * (1 if bias is None else 2))
         self.ops.append(
@@ -106,16 +111,26 @@ class ProgramBuilder:
         return held
 
     def place(
-        self, qkv: Buffer, shape: Attention, layer: int, q_norm: Tensor | None, k_norm: Tensor | None, eps: float
+        self,
+        qkv: Buffer,
+        shape: Attention,
+        layer: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
     ) -> None:
         """Normalise and rotate q and k; write k and v of the new position into the cache."""
         tables = [0 if t is None else self._constant(t) for t in (shape.cos, shape.sin, q_norm, k_norm)]
         self.count("norm", sum(4 * t.numel() for t in (q_norm, k_norm) if t is not None))
         sizes = shape.heads, shape.kv_heads, shape.head_dim
-        self.ops.append(record(Code.PLACE, qkv.address, qkv.stride, *sizes, *tables, bits_of(eps), layer, per_row=1))
+        self.ops.append(
+            record(Code.PLACE, qkv.address, qkv.stride, *sizes, *tables, bits_of(eps), layer, per_row=1)
+        )
         self._changed(qkv)
 
-    def attend(self, qkv: Buffer, out: Buffer, shape: Attention, layer: int, window: int | None, length: int) -> None:
+    def attend(
+        self, qkv: Buffer, out: Buffer, shape: Attention, layer: int, window: int | None, length: int
+    ) -> None:
         """out = attention of the new position; `length` is the most positions it can see."""
         self.scratch = max(self.scratch, length * (shape.heads // shape.kv_heads))
         sizes = shape.heads, shape.kv_heads, shape.head_dim
@@ -149,7 +164,8 @@ class ProgramBuilder:
                 self.scratch = max(self.scratch, weight.width)
                 self.kept.append(columns)
                 place = columns.data_ptr()
-            arguments = x.address, x.stride, target, stride, weight.width, place, self.kernels[quantize_kernel.NAME]
+            kernel = self.kernels[quantize_kernel.NAME]
+            arguments = x.address, x.stride, target, stride, weight.width, place, kernel
             self.ops.append(record(Code.QUANTIZE, *arguments, per_row=1))
             self._integers[key] = target, stride
         return self._integers[key]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import llvmlite
 import numba
-from numba.core import config
+from numba.core import config as _config
 
 from nybble_kernels.numba import step
 from nybble_kernels.numba.isa import Isa
@@ -19,20 +21,29 @@ from nybble_kernels.numba.jit import entry
 from nybble_kernels.numba.machine import Kernels
 
 Progress = Callable[[str], None]
-_LOCK = threading.RLock()
-
-
 Run = Callable[[int, int, int, int, int, int], None]
 """`run(pool, frame, program, rows, workers, number)`, without the GIL."""
 
-
-def cache_folder() -> Path:
-    """Where compiled code lies: under $NUMBA_CACHE_DIR, or the user's cache; a folder per version of this code."""
-    root = os.environ.get("NUMBA_CACHE_DIR") or Path.home() / ".cache" / "nybble" / "numba"
-    return Path(root) / _version()
+_LOCK = threading.RLock()
 
 
 @lru_cache(maxsize=1)
+def cache_folder() -> Path:
+    """Where compiled code lies: under $NUMBA_CACHE_DIR or the user's cache, a folder a version of the code.
+
+    A folder that cannot be written is replaced by one that lasts as long as the process.
+    """
+    root = os.environ.get("NUMBA_CACHE_DIR") or Path.home() / ".cache" / "nybble" / "numba"
+    folder = Path(root) / _version()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="nybble-numba-"))
+
+
 def _version() -> str:
     """Numba's own cache looks at one file; this looks at all of them."""
     digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
@@ -41,22 +52,31 @@ def _version() -> str:
     return digest.hexdigest()[:16]
 
 
-@lru_cache(maxsize=1)
 def compiled_step(progress: Progress | None = None) -> Run:
     with _LOCK:
         if progress:
             progress("compiling the decode step")
-        before = config.CACHE_DIR
-        config.CACHE_DIR = str(cache_folder())
-        try:
-            return entry("void(int64, int64, int64, int64, int64, int64)")(step.run)
-        finally:
-            config.CACHE_DIR = before
+        return _step()
 
 
-@lru_cache(maxsize=4)
 def kernels(isa: Isa, progress: Progress | None = None) -> Kernels:
     with _LOCK:
         if progress:
             progress(f"compiling the {isa.name} kernels")
-        return Kernels(isa, cache_folder())
+        return _kernels(isa)
+
+
+@lru_cache(maxsize=1)
+def _step() -> Run:
+    config: Any = _config
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(cache_folder())
+    try:
+        return entry("void(int64, int64, int64, int64, int64, int64)")(step.run)
+    finally:
+        config.CACHE_DIR = before
+
+
+@lru_cache(maxsize=4)
+def _kernels(isa: Isa) -> Kernels:
+    return Kernels(isa, cache_folder())

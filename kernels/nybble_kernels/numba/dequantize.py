@@ -23,7 +23,7 @@ def dequantize_name(form: Format) -> str:
 
 
 def emit_dequantize(module: Any, isa: Isa, form: Format) -> None:
-    """Row by row; 4-bit words hold eight neighbours of a row, one shift apart, so a row comes out in order."""
+    """Row by row; a 4-bit word holds eight neighbours of a row, so one shift each puts them in order."""
     e = Emitter(module, dequantize_name(form), ARGUMENTS)
     block, out, stride, first, rows, groups, subs = e.function.args
     group_bytes = e.times(subs, form.sub_bytes)

@@ -3,7 +3,7 @@
 All strategies give the same integers, so every instruction set gives the same bits.
 
 A sub-group is 32 inputs as 8 words: word i of a row holds its codes 4i .. 4i+3, one a byte. 4-bit codes are
-unsigned (0 to 15), 8-bit codes signed. Activations are signed bytes in [-127, 127], the same word in every lane.
+unsigned (0 to 15), 8-bit codes signed. Activations are signed bytes in [-127, 127], one word in every lane.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _avx2(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[A
     """vpmaddubsw into 16 bits, then vpmaddwd with ones into 32.
 
     4 bits: eight sums of two products reach 8 * 2 * 15 * 127 = 30480, inside 16 bits, so one vpmaddwd serves
-    all eight words. 8 bits: |w| times (a with w's sign) is 2 * 128 * 127 = 32512 at most, one vpmaddwd a word.
+    all eight words. 8 bits: |w| times (a with w's sign) sums to 2 * 128 * 127 = 32512, one vpmaddwd a word.
     """
     bytes_, shorts, words = vector(I8, 32), vector(I16, 16), vector(I32, 8)
     ones = filled(shorts, 1)
@@ -57,7 +57,7 @@ def _avx2(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[A
 
 
 def _vnni(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[Any], total: Any) -> Any:
-    """vpdpbusd: four products of unsigned by signed bytes added to 32 bits. Signed codes are raised by 128."""
+    """vpdpbusd: four products of unsigned by signed bytes, added to 32 bits; signed codes rise by 128."""
     words = weights[0].type
     bytes_ = vector(I8, 4 * words.count)
     result = filled(words, 0)

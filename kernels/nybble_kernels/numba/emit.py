@@ -43,11 +43,11 @@ class Emitter:
             function = ir.Function(self.module, ir.FunctionType(result, [a.type for a in arguments]), name)
         return self.b.call(function, arguments)
 
-    def int(self, value: int) -> Any:
+    def i64(self, value: int) -> Any:
         return ir.Constant(I64, value)
 
     def _offset(self, value: Any) -> Any:
-        return self.int(value) if isinstance(value, int) else value
+        return self.i64(value) if isinstance(value, int) else value
 
     def at(self, base: Any, *offsets: Any) -> Any:
         """The pointer `base + sum(offsets)`."""
@@ -105,23 +105,25 @@ class Emitter:
         self.b.branch(head)
         self.b.position_at_end(head)
         index = self.b.phi(I64)
-        index.add_incoming(self.int(0), before)
+        index.add_incoming(self.i64(0), before)
         self.b.cbranch(self.b.icmp_signed("<", index, self._offset(count)), body, after)
         self.b.position_at_end(body)
         yield index
-        index.add_incoming(self.b.add(index, self.int(1)), self.b.block)
+        index.add_incoming(self.b.add(index, self.i64(1)), self.b.block)
         self.b.branch(head)
         self.b.position_at_end(after)
 
     def floats_of_half(self, bits: Any, native: bool) -> Any:
-        """float32 lanes of IEEE half bits (i16 lanes). Without the instruction: shift, then scale by 2^112."""
+        """float32 lanes of IEEE half bits (i16 lanes). Without an instruction: shift, then scale by 2^112."""
         lanes = bits.type.count
         if native:
             return self.b.fpext(self.b.bitcast(bits, vector(F16, lanes)), vector(F32, lanes))
         kind = vector(I32, lanes)
         wide = self.b.zext(bits, kind)
         magnitude = self.b.shl(self.b.and_(wide, filled(kind, 0x7FFF)), filled(kind, 13))
-        value = self.b.fmul(self.b.bitcast(magnitude, vector(F32, lanes)), filled(vector(F32, lanes), 2.0**112))
+        value = self.b.fmul(
+            self.b.bitcast(magnitude, vector(F32, lanes)), filled(vector(F32, lanes), 2.0**112)
+        )
         sign = self.b.shl(self.b.and_(wide, filled(kind, 0x8000)), filled(kind, 16))
         return self.b.bitcast(self.b.or_(self.b.bitcast(value, kind), sign), vector(F32, lanes))
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from nybble_kernels.numba.jit import inline
+from nybble_kernels.numba.jit import f32, inline
 from nybble_kernels.numba.memory import bits_of_f32, f32_of_bits, int_of_f32, rint_f32
-
-f32 = np.float32
 
 _LOG2_E = f32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = f32(0.693145751953125), f32(1.428606765330187e-06)

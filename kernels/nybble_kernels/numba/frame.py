@@ -23,7 +23,8 @@ class Code(IntEnum):
 
 
 RECORD = 24  # int64 of an op
-CODE, PER_ROW, FIXED, CHUNK, FIRST = 0, 1, 2, 3, 4  # units of work = PER_ROW * rows + FIXED, taken CHUNK at a time
+CODE, PER_ROW, FIXED, CHUNK, FIRST = 0, 1, 2, 3, 4
+# units of work = PER_ROW * rows + FIXED, taken CHUNK at a time; arguments from FIRST on
 
 FRAME = 16  # int64 of a frame
 TOKENS, POSITIONS, TABLES, TABLE_WIDTH, LOGITS, LOGITS_STRIDE = 0, 1, 2, 3, 4, 5

@@ -1,4 +1,4 @@
-"""y[m, n] = sum of w[n, k] * x[m, k], one block of 16 rows of bfloat16 weights stored as [inputs][16 rows]."""
+"""y[m, n] = sum of w[n, k] * x[m, k], one block of 16 rows of bfloat16 weights, [inputs][16 rows]."""
 
 from __future__ import annotations
 

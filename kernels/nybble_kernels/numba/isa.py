@@ -37,7 +37,7 @@ def host_features() -> dict[str, bool]:
 
 
 def choose(name: str | None = None) -> Isa:
-    """The named instruction set, or the best that this processor has. Raises `ValueError` for one it lacks."""
+    """The named instruction set, or the best of this processor. Raises `ValueError` for one it lacks."""
     name = name or os.environ.get("NYBBLE_ISA") or "auto"
     features = host_features()
     runnable = [isa for isa in BEST_FIRST if all(features.get(n, False) for n in isa.needs)]
@@ -46,4 +46,6 @@ def choose(name: str | None = None) -> Isa:
     for isa in runnable:
         if isa.name == name:
             return isa
-    raise ValueError(f"instruction set {name!r} cannot run here; these can: {', '.join(i.name for i in runnable)}")
+    raise ValueError(
+        f"instruction set {name!r} cannot run here; these can: {', '.join(i.name for i in runnable)}"
+    )

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
+import numpy as np
 from numba import njit
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+f32 = cast(Callable[[float], float], np.float32)
+"""A float32 constant or conversion: in compiled code, arithmetic with it stays in float32."""
 
 _REASSOCIATE = {"reassoc", "contract", "nsz", "arcp"}  # NaN and infinity keep their meaning
 
@@ -32,6 +36,8 @@ def entry(signature: str) -> Callable[[F], F]:
     """Compile for one signature now, or load it from the cache on disk."""
 
     def decorate(function: F) -> F:
-        return cast(F, njit(signature, nogil=True, boundscheck=False, error_model="numpy", cache=True)(function))
+        return cast(
+            F, njit(signature, nogil=True, boundscheck=False, error_model="numpy", cache=True)(function)
+        )
 
     return decorate

@@ -3,8 +3,8 @@
 A block holds 16 rows. Inputs come in sub-groups of 32 (one activation scale each); a weight group is one or
 more whole sub-groups. Per block, in this order:
 
-    codes    groups x subs x 8 words x 16 rows; a word is four codes of a row. At 4 bits two words share 32 bits,
-             one byte each half: word 2i in the low nibbles, word 2i + 1 in the high ones
+    codes    groups x subs x 8 words x 16 rows; a word is four codes of a row. At 4 bits two words
+             share 32 bits: word 2i in the low nibbles, word 2i + 1 in the high ones
     scales   groups x 16 rows, IEEE half where that is exact, else float32
     offsets  groups x 16 rows: integer zeros (uint8), or real minimums in the type of the scales
 
@@ -21,7 +21,7 @@ SUB = 32  # inputs of a sub-group
 
 @dataclass(frozen=True)
 class Format:
-    """The kinds of quantized block. half: 16-bit scales · minimum: real minimums rather than integer zeros."""
+    """The kinds of quantized block. half: 16-bit scales · minimum: real minimums instead of integer zeros."""
 
     bits: int  # 4 or 8
     half: bool

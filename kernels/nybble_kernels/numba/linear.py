@@ -1,4 +1,4 @@
-"""Linear layers of a step: blocks of 16 outputs by the rows of the batch, and packed weights back to floats."""
+"""Linear layers of a step: blocks of 16 outputs by the rows of the batch; packed weights back to floats."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def finish(tile: int, y: int, count: int, bias: int, residual: int) -> None:
 
 @inline
 def gemv(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -> None:
-    """Blocks [low, high) for every row. Arguments: weights, bytes of a block, the kernels for 4, 2 and 1 rows,
+    """Blocks [low, high) for every row. Arguments: weights, bytes of a block, kernels for 4, 2 and 1 rows,
     x, bytes between rows, y (0: the logits), bytes between rows, outputs, bias or 0, residual, groups, subs.
     """
     block_bytes = get_i64(op, FIRST + 1)
@@ -43,7 +43,13 @@ def gemv(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -> N
             call_kernel(kernel, weights, x, x_stride, scratch, 4 * ROWS, groups, subs)
             for m in range(step):
                 target = y + (row + m) * y_stride + 4 * ROWS * block
-                finish(scratch + 4 * ROWS * m, target, count, bias + 4 * ROWS * block if bias != 0 else 0, residual)
+                finish(
+                    scratch + 4 * ROWS * m,
+                    target,
+                    count,
+                    bias + 4 * ROWS * block if bias != 0 else 0,
+                    residual,
+                )
             row += step
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,25 +82,24 @@ class Kernels:
 
     def __init__(self, isa: Isa, cache: Path) -> None:
         self.isa = isa
-        machine = Target.host().machine()
+        target = Target.host()
+        machine = target.machine()
         self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
-        self._engine.add_object_file(binding.ObjectFileRef.from_data(_object(isa, machine, cache)))
+        self._engine.add_object_file(binding.ObjectFileRef.from_data(_object(isa, target, machine, cache)))
         self._engine.finalize_object()
 
     def __getitem__(self, name: str) -> int:
         return int(self._engine.get_function_address(name))
 
 
-def _object(isa: Isa, machine: Any, cache: Path) -> bytes:
-    text = build_module(isa)
-    host = Target.host()
-    key = repr((text, host, binding.llvm_version_info)).encode()
-    path = cache / f"kernels-{isa.name}-{hashlib.sha256(key).hexdigest()[:16]}.o"
+def _object(isa: Isa, target: Target, machine: Any, cache: Path) -> bytes:
+    """Machine code from the cache folder, which belongs to one version of the source, or compiled into it."""
+    key = hashlib.sha256(repr((target, binding.llvm_version_info)).encode()).hexdigest()[:16]
+    path = cache / f"kernels-{isa.name}-{key}.o"
     if path.exists():
         return path.read_bytes()
-    code: bytes = machine.emit_object(optimise(text, machine))
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_suffix(f".{hashlib.sha256(code).hexdigest()[:8]}")
+    code: bytes = machine.emit_object(optimise(build_module(isa), machine))
+    temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_bytes(code)
     temporary.replace(path)
     return code

@@ -17,7 +17,7 @@ _F32 = ir.FloatType()
 _I32 = ir.IntType(32)
 
 
-def _pointer(context: Any, builder: Any, base: Any, index: Any, element: Any) -> Any:
+def _pointer(builder: Any, base: Any, index: Any, element: Any) -> Any:
     pointer = builder.inttoptr(base, ir.PointerType())
     return builder.gep(pointer, [index], source_etype=element)
 
@@ -27,7 +27,7 @@ def _getter(stored: Any, returned: Any, widen: str | None = None) -> Callable[[i
 
     def get(typing: Any, base: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            value = builder.load(_pointer(context, builder, *args, stored), typ=stored)
+            value = builder.load(_pointer(builder, args[0], args[1], stored), typ=stored)
             return value if widen is None else getattr(builder, widen)(value, _I64)
 
         return returned(types.int64, types.int64), generate
@@ -39,7 +39,7 @@ def _setter(stored: Any, given: Any, narrow: bool = False) -> Callable[[int, int
     def put(typing: Any, base: Any, index: Any, value: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             value = builder.trunc(args[2], stored) if narrow else args[2]
-            builder.store(value, _pointer(context, builder, args[0], args[1], stored))
+            builder.store(value, _pointer(builder, args[0], args[1], stored))
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, given), generate
@@ -47,16 +47,12 @@ def _setter(stored: Any, given: Any, narrow: bool = False) -> Callable[[int, int
     return cast(Callable[[int, int, Any], None], intrinsic(put))
 
 
-get_f32 = _getter(_F32, types.float32)
-get_u8 = _getter(ir.IntType(8), types.int64, "zext")
-get_u16 = _getter(ir.IntType(16), types.int64, "zext")
-get_i32 = _getter(_I32, types.int64, "sext")
-get_i64 = _getter(_I64, types.int64)
+get_f32: Callable[[int, int], float] = _getter(_F32, types.float32)
+get_u16: Callable[[int, int], int] = _getter(ir.IntType(16), types.int64, "zext")
+get_i32: Callable[[int, int], int] = _getter(_I32, types.int64, "sext")
+get_i64: Callable[[int, int], int] = _getter(_I64, types.int64)
 set_f32 = _setter(_F32, types.float32)
-set_i8 = _setter(ir.IntType(8), types.int64, narrow=True)
 set_u16 = _setter(ir.IntType(16), types.int64, narrow=True)
-set_i32 = _setter(_I32, types.int64, narrow=True)
-set_i64 = _setter(_I64, types.int64)
 
 
 def _unary(given: Any, returned: Any, generate: Callable[[Any, Any], Any]) -> Callable[[Any], Any]:
@@ -79,11 +75,17 @@ def _llvm_float(name: str) -> Callable[[Any, Any], Any]:
     return generate
 
 
-bits_of_f32 = _unary(types.float32, types.int64, lambda b, v: b.zext(b.bitcast(v, _I32), _I64))
-f32_of_bits = _unary(types.int64, types.float32, lambda b, v: b.bitcast(b.trunc(v, _I32), _F32))
-rint_f32 = _unary(types.float32, types.float32, _llvm_float("llvm.rint.f32"))
-sqrt_f32 = _unary(types.float32, types.float32, _llvm_float("llvm.sqrt.f32"))
-int_of_f32 = _unary(types.float32, types.int64, lambda b, v: b.sext(b.fptosi(v, _I32), _I64))
+bits_of_f32: Callable[[float], int] = _unary(
+    types.float32, types.int64, lambda b, v: b.zext(b.bitcast(v, _I32), _I64)
+)
+f32_of_bits: Callable[[int], float] = _unary(
+    types.int64, types.float32, lambda b, v: b.bitcast(b.trunc(v, _I32), _F32)
+)
+rint_f32: Callable[[float], float] = _unary(types.float32, types.float32, _llvm_float("llvm.rint.f32"))
+sqrt_f32: Callable[[float], float] = _unary(types.float32, types.float32, _llvm_float("llvm.sqrt.f32"))
+int_of_f32: Callable[[float], int] = _unary(
+    types.float32, types.int64, lambda b, v: b.sext(b.fptosi(v, _I32), _I64)
+)
 
 
 def _atomic(arguments: int, generate: Callable[..., Any]) -> Callable[..., int]:
@@ -119,8 +121,7 @@ swap_if = _atomic(3, _swap_if)
 """swap_if(address, old, new) -> 1 where the value was `old` and now is `new`, else 0."""
 
 
-@intrinsic
-def relax(typing: Any) -> Any:
+def _relax(typing: Any) -> Any:
     """Tell the processor that this is a spin loop."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -135,8 +136,10 @@ def relax(typing: Any) -> Any:
     return types.void(), code
 
 
-@intrinsic
-def prefetch(typing: Any, address: Any) -> Any:
+relax = cast(Callable[[], None], intrinsic(_relax))
+
+
+def _prefetch(typing: Any, address: Any) -> Any:
     """Ask for the cache line at an address, which need not be valid."""
 
     def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -148,6 +151,9 @@ def prefetch(typing: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), code
+
+
+prefetch = cast(Callable[[int], None], intrinsic(_prefetch))
 
 
 def _caller(arguments: int, returned: Any, result: Any) -> Callable[..., Any]:
@@ -171,7 +177,9 @@ def _caller(arguments: int, returned: Any, result: Any) -> Callable[..., Any]:
     def seven(typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any) -> Any:
         return result(*[types.int64] * 8), generate
 
-    def eight(typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any) -> Any:
+    def eight(
+        typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
+    ) -> Any:
         return result(*[types.int64] * 9), generate
 
     return cast(Callable[..., Any], intrinsic({0: none, 1: one, 3: three, 7: seven, 8: eight}[arguments]))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from nybble_kernels.numba.frame import FIRST
-from nybble_kernels.numba.jit import fast, inline
+from nybble_kernels.numba.jit import f32, fast, inline
 from nybble_kernels.numba.memory import f32_of_bits, get_f32, get_i64, set_f32, sqrt_f32
 
-f32 = np.float32
 _ONE, _ZERO = f32(1), f32(0)
 
 

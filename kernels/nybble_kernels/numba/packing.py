@@ -1,7 +1,7 @@
 """`QuantizedTensor` to packed blocks and back. Every kind of quantized tensor has an exact packed form.
 
-Codes of up to 4 bits are stored in 4, wider ones in 8 with zeros made explicit. Where the groups are not whole
-sub-groups of 32 inputs, or the columns are permuted, inputs are rearranged: packed column c reads input
+Codes of up to 4 bits are stored in 4, wider ones in 8, with zeros made explicit. Where the groups are not
+whole sub-groups of 32 inputs, or the columns are permuted, inputs are rearranged: packed column c reads input
 `columns[c]`, or nothing (a zero) where that is -1.
 """
 
@@ -18,10 +18,10 @@ from nybble_kernels.quantized import QuantizedTensor
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A quantized weight [outputs, inputs] in blocks of 16 rows; the last block is filled up with zero scales.
+    """A quantized weight [outputs, inputs] in blocks of 16 rows; the last one is filled up with zero scales.
 
     data: uint8, `blocks * form.block_bytes(groups, subs)` · columns: int32 [groups * subs * 32], or None when
-    packed columns are the inputs in order · source: the tensor without its values, to know what it was.
+    packed columns are the inputs in order · the rest: what the tensor was.
     """
 
     data: Tensor
@@ -52,13 +52,22 @@ def pack(weight: QuantizedTensor) -> Packed:
     groups = weight.scales.shape[1]
     subs = -(-group // SUB)
     form = _format(weight)
-    columns = _columns(weight, groups, group, subs)
-    codes = _spread(weight.codes, columns_of_codes(weight, groups, group, subs))
+    places = _columns_of_codes(weight, groups, group, subs)
+    columns = _columns(weight, places)
+    codes = _spread(weight.codes, places)
     blocks = -(-weight.out_features // ROWS)
     parts = (_pack_codes(codes, form, blocks), *_pack_groups(weight, form, blocks))
     data = torch.cat([p.reshape(blocks, -1) for p in parts], dim=1).reshape(-1)
     return Packed(
-        data, form, *weight.shape, groups, subs, columns, weight.bits, weight.group_size, weight.symmetric,
+        data,
+        form,
+        *weight.shape,
+        groups,
+        subs,
+        columns,
+        weight.bits,
+        weight.group_size,
+        weight.symmetric,
         weight.permutation,
     )
 
@@ -68,7 +77,7 @@ def unpack(packed: Packed) -> QuantizedTensor:
     form, rows = packed.form, packed.outputs
     data = packed.data.reshape(packed.blocks, form.block_bytes(packed.groups, packed.subs))
     ends = [packed.groups * packed.subs * form.sub_bytes, packed.groups * form.scale_bytes]
-    codes, scales, offsets = data.split([*ends, packed.groups * form.offset_bytes], dim=1)
+    codes, scales, offsets = torch.split(data, [*ends, packed.groups * form.offset_bytes], dim=1)
     spread = _unpack_codes(codes.contiguous(), form, packed)[:rows]
     group = min(packed.group_size, packed.inputs)
     places = _places(packed.inputs, group, packed.subs)
@@ -79,7 +88,13 @@ def unpack(packed: Packed) -> QuantizedTensor:
     elif not packed.symmetric:
         zeros = _by_row(offsets.reshape(packed.blocks, packed.groups, ROWS))[:rows]
     return QuantizedTensor(
-        spread[:, places].contiguous(), real, packed.bits, packed.group_size, zeros, minimums, packed.permutation
+        spread[:, places].contiguous(),
+        real,
+        packed.bits,
+        packed.group_size,
+        zeros,
+        minimums,
+        packed.permutation,
     )
 
 
@@ -95,15 +110,14 @@ def _places(inputs: int, group: int, subs: int) -> Tensor:
     return k // group * (subs * SUB) + k % group
 
 
-def columns_of_codes(weight: QuantizedTensor, groups: int, group: int, subs: int) -> Tensor:
+def _columns_of_codes(weight: QuantizedTensor, groups: int, group: int, subs: int) -> Tensor:
     """int64 [width]: the code column in each packed column, -1 in the filling."""
     columns = torch.full((groups * subs * SUB,), -1)
     columns[_places(weight.in_features, group, subs)] = torch.arange(weight.in_features)
     return columns
 
 
-def _columns(weight: QuantizedTensor, groups: int, group: int, subs: int) -> Tensor | None:
-    columns = columns_of_codes(weight, groups, group, subs)
+def _columns(weight: QuantizedTensor, columns: Tensor) -> Tensor | None:
     if weight.permutation is not None:
         columns = torch.where(columns >= 0, weight.permutation[columns.clamp(min=0)], -1)
     in_order = len(columns) == weight.in_features and torch.equal(columns, torch.arange(len(columns)))

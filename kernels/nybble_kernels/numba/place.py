@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from nybble_kernels.numba.floats import bfloat_of
-from nybble_kernels.numba.frame import BLOCK_SIZE, FIRST, KV, KV_BLOCK, KV_LAYER, KV_VALUES, POSITIONS, TABLE_WIDTH, TABLES
+from nybble_kernels.numba.frame import (
+    BLOCK_SIZE,
+    FIRST,
+    KV,
+    KV_BLOCK,
+    KV_LAYER,
+    KV_VALUES,
+    POSITIONS,
+    TABLE_WIDTH,
+    TABLES,
+)
 from nybble_kernels.numba.jit import inline
 from nybble_kernels.numba.memory import f32_of_bits, get_f32, get_i32, get_i64, set_f32, set_u16
 from nybble_kernels.numba.norm import rms_row

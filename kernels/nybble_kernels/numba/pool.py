@@ -1,11 +1,11 @@
 """Sharing one step among threads without waiting for a thread that the system has not scheduled.
 
-Every op of a step is cut into units that threads take as they come. A thread that is late (its core busy with
-the event loop) finds the work done and catches up; nobody waits for it unless it holds a unit. Spins are short,
-then yield, and between steps a worker sleeps on a semaphore.
+Every op of a step is cut into units that threads take as they come. A thread that is late (its core busy
+with the event loop) finds the work done and catches up; nobody waits for it unless it holds a unit. Spins are
+short, then yield, and between steps a worker sleeps on a semaphore.
 
-Each op has two words: TAKEN (step number, units taken, or CLOSED) and DONE (step number, units finished), each
-`step << 32 | count`. A word of an older step counts as zero, so nothing is reset between steps.
+Each op has two words: TAKEN (step number, units taken, or CLOSED) and DONE (step number, units finished),
+each `step << 32 | count`. A word of an older step counts as zero, so nothing is reset between steps.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def finish_units(word: int, step: int, count: int) -> None:
 
 @inline
 def await_units(word: int, step: int, total: int, pool: int) -> None:
-    """Return when the op is complete, or its step is over: a late thread may see the `total` of a later one."""
+    """Return when the op is complete, or its step is over: a late thread may see the `total` of a later."""
     target = step << 32 | total
     spins = 0
     while atomic_get(word) < target and atomic_get(pool + 8 * STEP) >> 24 == step:

@@ -1,4 +1,4 @@
-"""`DecodeProgram`: one decode step of a model as one compiled call, and its weights for whoever else needs them."""
+"""`DecodeProgram`: a decode step of a model as one compiled call, and its weights for whoever needs them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
 from nybble_kernels.numba import frame as at
 from nybble_kernels.numba.arena import floats, words
 from nybble_kernels.numba.builder import Buffer, ProgramBuilder
 from nybble_kernels.numba.compiled import Run
-from nybble_kernels.numba.frame import RECORD, record
+from nybble_kernels.numba.frame import RECORD
 from nybble_kernels.numba.weight import HeldWeight
 from nybble_kernels.numba.workers import Workers
-from numpy.typing import NDArray
-from torch import Tensor
 
 Ints = NDArray[np.int32] | Tensor
 Floats = NDArray[np.float32] | Tensor
@@ -46,9 +47,11 @@ class PackedLinear:
         return sum(p.outputs for p in self.parts), self.parts[0].inputs
 
     def dequantize_into(self, out: Tensor) -> None:
-        """float32 [N, K], contiguous: bit for bit what `QuantizedTensor.dequantize` gives for each partner."""
+        """float32 [N, K], contiguous: bit for bit what `QuantizedTensor.dequantize` gives each partner."""
         if tuple(out.shape) != self.shape or out.dtype != torch.float32 or not out.is_contiguous():
-            raise ValueError(f"out must be contiguous float32 {list(self.shape)}, found {out.dtype} {list(out.shape)}")
+            raise ValueError(
+                f"out must be contiguous float32 {list(self.shape)}, found {out.dtype} {list(out.shape)}"
+            )
         self._program.dequantize(self.parts, out)
 
 
@@ -80,11 +83,13 @@ class DecodeProgram:
         self._workers.add(builder.ops)
         self._embed = self._embedding_program(embedding)
         self._dequantize = self._workers.add([[0] * RECORD] * PARTS)
-        self._linears = {place: PackedLinear(self, parts) for place, parts in linears.items()}
+        self._linears = {place: tuple(parts) for place, parts in linears.items()}
 
     def _describe(self, kv: Tensor, scratch: int, threads: int) -> None:
         if kv.dtype != torch.bfloat16 or kv.dim() != 6 or not kv.is_contiguous():
-            raise ValueError("kv must be contiguous bfloat16 [layers, blocks, 2, block_size, kv_heads, head_dim]")
+            raise ValueError(
+                "kv must be contiguous bfloat16 [layers, blocks, 2, block_size, kv_heads, head_dim]"
+            )
         stride = -(-scratch // 64) * 64
         self._scratch = floats(stride * threads)
         values = {
@@ -111,7 +116,11 @@ class DecodeProgram:
         tokens, positions: int32 [B] · tables: int32 [B, blocks], position p of row b lies in block
         `tables[b, p // block_size]` · logits: float32 [B, V]. NumPy arrays or CPU tensors, rows contiguous.
         """
-        token, position, table = _array(tokens, np.int32), _array(positions, np.int32), _array(tables, np.int32)
+        token, position, table = (
+            _array(tokens, np.int32),
+            _array(positions, np.int32),
+            _array(tables, np.int32),
+        )
         result = _array(logits, np.float32)
         self._check(token, position, table, result)
         frame = self._frame
@@ -127,7 +136,11 @@ class DecodeProgram:
         rows = len(tokens)
         if not 1 <= rows <= self.max_batch:
             raise ValueError(f"a step takes 1 to {self.max_batch} tokens, found {rows}")
-        if positions.shape != (rows,) or len(tables) != rows or logits.shape != (rows, self._limits.vocabulary):
+        if (
+            positions.shape != (rows,)
+            or len(tables) != rows
+            or logits.shape != (rows, self._limits.vocabulary)
+        ):
             raise ValueError("positions, tables and logits must have a row for each token")
         if tokens.min() < 0 or tokens.max() >= self._limits.vocabulary:
             raise ValueError(f"tokens must be in [0, {self._limits.vocabulary})")
@@ -138,8 +151,8 @@ class DecodeProgram:
             raise ValueError(f"blocks must be in [0, {self._kv.shape[1]})")
 
     def linear(self, layer: int, name: str) -> PackedLinear:
-        """"qkv", "o", "gate_up" (or "up") or "down" of a layer."""
-        return self._linears[layer, name]
+        """ "qkv", "o", "gate_up" (or "up") or "down" of a layer."""
+        return PackedLinear(self, self._linears[layer, name])
 
     def dequantize(self, parts: Sequence[HeldWeight], out: Tensor) -> None:
         """Each part into its rows of `out`, all threads taking part."""
@@ -178,5 +191,7 @@ class DecodeProgram:
 def _array(values: Ints | Floats, dtype: type) -> NDArray[Any]:
     array = values.numpy() if isinstance(values, Tensor) else values
     if array.dtype != dtype or array.strides[-1] != array.itemsize:
-        raise ValueError(f"expected contiguous rows of {np.dtype(dtype)}, found {array.dtype} {array.strides}")
+        raise ValueError(
+            f"expected contiguous rows of {np.dtype(dtype)}, found {array.dtype} {array.strides}"
+        )
     return array

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from nybble_kernels.numba.frame import FIRST
-from nybble_kernels.numba.jit import inline
+from nybble_kernels.numba.jit import f32, inline
 from nybble_kernels.numba.layout import SUB
 from nybble_kernels.numba.memory import call_quantize, get_f32, get_i32, get_i64, set_f32
 
-_ZERO = np.float32(0)
+_ZERO = f32(0)
 
 
 @inline
@@ -22,8 +20,8 @@ def gather_row(x: int, target: int, width: int, columns: int) -> None:
 
 @inline
 def quantize(op: int, scratch: int, low: int, high: int) -> None:
-    """Rows [low, high). Arguments: x, bytes between rows, target, bytes between rows, width, columns or 0, the
-    kernel.
+    """Rows [low, high). Arguments: x, bytes between rows, target, bytes between rows, width, columns or 0,
+    the kernel.
     """
     width, columns, kernel = get_i64(op, FIRST + 4), get_i64(op, FIRST + 5), get_i64(op, FIRST + 6)
     for row in range(low, high):

@@ -21,12 +21,29 @@ from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
 
 
 class HeldWeight(Protocol):
-    outputs: int
-    inputs: int
-    nbytes: int  # that a step reads
-    columns: Tensor | None  # int32: which input each packed column reads
-    width: int  # packed columns
-    integer: bool  # reads int8 activations
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def nbytes(self) -> int:
+        """That a step reads."""
+        ...
+
+    @property
+    def columns(self) -> Tensor | None:
+        """int32: which input each packed column reads."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Packed columns."""
+        ...
+
+    @property
+    def integer(self) -> bool:
+        """Whether it reads int8 activations."""
+        ...
 
     def gemv_record(self, kernels: Kernels, place: Sequence[int]) -> list[int]:
         """`place`: x, bytes between rows, y, bytes between rows, bias or 0, residual."""
@@ -142,11 +159,28 @@ def activation_stride(width: int) -> int:
 
 
 def _gemv(
-    data: Tensor, block_bytes: int, kernels: Sequence[int], place: Sequence[int], outputs: int, sizes: tuple[int, int]
+    data: Tensor,
+    block_bytes: int,
+    kernels: Sequence[int],
+    place: Sequence[int],
+    outputs: int,
+    sizes: tuple[int, int],
 ) -> list[int]:
     x, x_stride, y, y_stride, bias, residual = place
     blocks = -(-outputs // ROWS)
-    arguments = (data.data_ptr(), block_bytes, *kernels, x, x_stride, y, y_stride, outputs, bias, residual, *sizes)
+    arguments = (
+        data.data_ptr(),
+        block_bytes,
+        *kernels,
+        x,
+        x_stride,
+        y,
+        y_stride,
+        outputs,
+        bias,
+        residual,
+        *sizes,
+    )
     return record(Code.GEMV, *arguments, fixed=blocks, chunk=chunk_of(blocks))
 
 

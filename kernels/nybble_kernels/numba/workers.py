@@ -45,7 +45,7 @@ class Workers:
         stop.atexit = False  # the process takes sleeping threads with it
 
     def add(self, ops: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-        """Register a program; its number is the order of registration. Its records may be changed between runs."""
+        """Register a program, numbered in order of registration. Its records may change between runs."""
         table = words(RECORD * len(ops)).reshape(-1, RECORD)
         table[:] = np.asarray(ops, np.int64).reshape(-1, RECORD)
         counters = words(pool.COUNTERS * len(ops))

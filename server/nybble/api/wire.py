@@ -14,7 +14,7 @@ from nybble.api.schema import StreamOptions
 
 @dataclass(frozen=True, slots=True)
 class UsagePolicy:
-    """`included`: usage in a last chunk, null in the others. `continuous`: in each that of its choice so far."""
+    """`included`: usage in a last chunk, null in the others. `continuous`: in each that of its choice."""
 
     included: bool
     continuous: bool

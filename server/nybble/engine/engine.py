@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -63,6 +64,7 @@ class Engine:
 
     def start(self) -> None:
         self._thread.start()
+        atexit.register(self.stop)  # a step must not run on while the interpreter is taken apart
 
     def submit(self, request: Request, sink: Sink) -> None:
         self._check(request)
@@ -97,6 +99,7 @@ class Engine:
             self._wake.notify()
         if self._thread.is_alive():
             self._thread.join()
+        atexit.unregister(self.stop)
 
     def stats(self) -> EngineStats:
         scheduler, pool, count = self._scheduler, self._pool, self._counters
@@ -121,6 +124,7 @@ class Engine:
                 decode_bytes=count["decode_bytes"],
                 nan_logits=count["nan_logits"],
                 used_bytes=dict(self._runner.used_bytes()),
+                alive=self._thread.is_alive() and not self._stopping,
                 heartbeat=self._heartbeat,
             )
 

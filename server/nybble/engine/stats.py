@@ -54,4 +54,5 @@ class EngineStats:
     decode_bytes: int = 0  # exact bytes that the decode steps had to read
     nan_logits: int = 0
     used_bytes: Mapping[str, int] = field(default_factory=dict)
+    alive: bool = True  # whether the loop is there to take requests
     heartbeat: float = 0.0  # time.monotonic() of the loop's last turn

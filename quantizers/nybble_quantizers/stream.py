@@ -1,0 +1,99 @@
+"""The calibration text on its way through the model, one block in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from nybble_kernels.quantized import Weight
+from nybble_models.decoder import Decoder
+from nybble_models.errors import BrokenCheckpoint
+from nybble_models.loader import Loader
+from nybble_models.weights import Block, Linear, Norm, Weights
+from nybble_quantizers.block import Finding, Scene, Window, quantize_block
+from nybble_quantizers.calibrate import Calibration, Inputs, read_windows
+from nybble_quantizers.generate import generate
+from nybble_quantizers.report import Listener, QuantizeProgress
+from nybble_quantizers.scheme import Scheme
+from nybble_quantizers.tokenizing import load_tokenizer
+
+KEPT = 2  # windows on which the halves of a block are run for every candidate; four chose no better
+
+
+def calibration_for(
+    source: Path, loader: Loader, scheme: Scheme, file: str | None, seed: int, tell: Listener
+) -> Calibration:
+    """Windows of the file, or, without one, text that the model writes (which needs all of it in memory)."""
+    length = min(scheme.length, loader.spec.max_positions)
+    if file is not None:
+        return read_windows(Path(file), load_tokenizer(source), scheme.samples, length, seed)
+    started = time.monotonic()
+
+    def advance(done: int) -> None:
+        left = (time.monotonic() - started) / done * (length - done)
+        tell(QuantizeProgress("calibrate", done, length, left))
+
+    tokens = generate(loader.spec, loader.load(), scheme.samples, length, seed, advance)
+    return Calibration(tokens, "written by the model")
+
+
+class Stream:
+    """One state [T, D] per window, moved on by a block at a time.
+
+    The next block sees what the float block makes of the text. Feeding it what the quantized block makes
+    instead was measured: the same perplexity within the noise, for twice the forward passes.
+    """
+
+    def __init__(self, loader: Loader, calibration: Calibration, scheme: Scheme) -> None:
+        self.loader = loader
+        self.scheme = scheme
+        spec = loader.spec
+        empty = [Block()] * spec.num_layers
+        weights = Weights(loader.embed(), loader.positions(), empty, loader.final_norm(), None)
+        self.decoder = Decoder(spec, weights)
+        self.states: list[Tensor] = [self.decoder.embed(window) for window in calibration.tokens]
+
+    def advance(
+        self, layer: int, block: Block, rounded: frozenset[str]
+    ) -> tuple[Block, Block, dict[str, Finding]]:
+        """Quantize one block (see `quantize_block`) and move the text past it."""
+        inputs = Inputs(KEPT)
+        blocks, spec = self.decoder.weights.blocks, self.loader.spec
+        blocks[layer] = block
+        self.states = [self.decoder.block(layer, x, Window(spec), inputs.observe) for x in self.states]
+        scene = Scene(self.decoder, self.loader.family, layer, inputs)
+        done = quantize_block(block, scene, self.scheme, rounded)
+        blocks[layer] = Block()
+        return done
+
+
+def read_block(loader: Loader, layer: int) -> Block:
+    """A block in float32. Raises `BrokenCheckpoint` naming the tensor that holds NaN or infinity."""
+    loaded, family = loader.block(layer), loader.family
+    linears = {p: _finite_linear(x, family.projections[p].format(i=layer)) for p, x in loaded.linears.items()}
+    norms = {role: _finite_norm(x, family.norms[role].format(i=layer)) for role, x in loaded.norms.items()}
+    return Block(linears, norms)
+
+
+def _finite_linear(linear: Linear, name: str) -> Linear:
+    bias = None if linear.bias is None else _finite(linear.bias, f"{name}.bias")
+    return replace(linear, weight=_finite(linear.weight, f"{name}.weight"), bias=bias)
+
+
+def _finite_norm(norm: Norm, name: str) -> Norm:
+    bias = None if norm.bias is None else _finite(norm.bias, f"{name}.bias")
+    return Norm(_finite(norm.weight, f"{name}.weight"), bias)
+
+
+def _finite(tensor: Weight, name: str) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is quantized already")
+    value = tensor.float()
+    if not bool(value.isfinite().all()):
+        raise BrokenCheckpoint(
+            f"{name} holds NaN or infinity", hint="the checkpoint is damaged; fetch it again"
+        )
+    return value

@@ -1,0 +1,85 @@
+"""Kernels for processors that are not here: they compile, and use the instructions they are for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nybble_kernels.numba import compiled
+from nybble_kernels.numba.compiled import cache_folder
+from nybble_kernels.numba.isa import AVX2, AVX512_VNNI, AVX_VNNI, PLAIN, Isa, choose
+from nybble_kernels.numba.machine import Target, assembly
+
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+
+
+@pytest.mark.parametrize(
+    ("isa", "cpu", "triple", "present", "absent"),
+    [
+        (AVX512_VNNI, "znver4", X86, ("vpdpbusd", "zmm"), ("vpmaddubsw",)),
+        (AVX_VNNI, "alderlake", X86, ("vpdpbusd", "ymm"), ("zmm", "vpmaddubsw")),
+        (AVX2, "haswell", X86, ("vpmaddubsw", "vcvtph2ps"), ("zmm", "vpdpbusd")),
+        (PLAIN, "x86-64", X86, ("pmaddwd",), ("ymm", "pmaddubsw")),
+        (PLAIN, "neoverse-n1", ARM, ("fmla",), ("ymm",)),
+    ],
+    ids=["avx512vnni", "avxvnni", "avx2", "plain x86", "plain arm"],
+)
+def test_it_compiles_for_its_processors(
+    isa: Isa, cpu: str, triple: str, present: tuple[str, ...], absent: tuple[str, ...]
+) -> None:
+    text = assembly(isa, Target(cpu, "", triple))
+    for word in present:
+        assert word in text, word
+    for word in absent:
+        assert word not in text, word
+
+
+def test_the_environment_may_force_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NYBBLE_ISA", "plain")
+    assert choose() is PLAIN
+    assert choose("auto") is not PLAIN or choose().name == "plain"
+    with pytest.raises(ValueError, match=r"these can: .*plain"):
+        choose("sse9")
+
+
+def test_the_cache_lies_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    cache_folder.cache_clear()
+    try:
+        assert cache_folder().parent == tmp_path
+        monkeypatch.setenv("NUMBA_CACHE_DIR", "/proc/nowhere")
+        cache_folder.cache_clear()
+        assert cache_folder().is_dir()
+    finally:
+        cache_folder.cache_clear()
+
+
+SECOND_START = """
+import time
+from nybble_kernels.numba import compiled, isa, machine
+del machine.optimise
+started = time.perf_counter()
+run = compiled.compiled_step()
+compiled.kernels(isa.choose())
+assert run.stats.cache_hits and not run.stats.cache_misses
+print(time.perf_counter() - started)
+"""
+
+
+def test_a_second_start_compiles_nothing() -> None:
+    """Another process finds step and kernels on disk."""
+    compiled.compiled_step()
+    compiled.kernels(choose())
+    folders = {"PYTHONPATH": "kernels", "NUMBA_CACHE_DIR": str(cache_folder().parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND_START],
+        capture_output=True,
+        text=True,
+        env=os.environ | folders,
+        check=True,
+    )
+    assert float(done.stdout) < 10

@@ -1,0 +1,77 @@
+"""The packed layout holds exactly what a quantized tensor holds, in the order that layout.py describes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nybble_kernels.numba.arena import Arena
+from nybble_kernels.numba.packing import pack, unpack
+from nybble_kernels.numba.weight import hold, packed_bound
+from nybble_kernels.quantized import QuantizedTensor
+from support_quantized import quantized
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n=st.integers(1, 40),
+    k=st.integers(1, 150),
+    bits=st.integers(2, 8),
+    group=st.sampled_from([1, 8, 32, 48, 64, 100, 1000]),
+    kind=st.sampled_from(["symmetric", "zeros", "minimums"]),
+    permuted=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_unpack_gives_back_what_was_packed(
+    n: int, k: int, bits: int, group: int, kind: str, permuted: bool, seed: int
+) -> None:
+    q = quantized(n, k, bits, group, kind, seed)
+    if permuted:
+        q = QuantizedTensor(q.codes, q.scales, bits, group, q.zeros, q.minimums, torch.randperm(k))
+    packed = pack(q)
+    again = unpack(packed)
+    assert torch.equal(again.codes, q.codes)
+    assert torch.equal(again.scales, q.scales)
+    assert (again.bits, again.group_size, again.symmetric) == (bits, group, q.symmetric)
+    assert torch.equal(again.dequantize(), q.dequantize())
+    assert packed.data.nbytes <= packed_bound(q)
+
+
+def test_codes_lie_where_the_layout_says() -> None:
+    """Row 17 is row 1 of block 1; inputs 32 to 35 are the low nibbles of sub-group 1, 36 to 39 the high."""
+    codes = torch.zeros(32, 64, dtype=torch.uint8)
+    codes[17, 32:36] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
+    codes[17, 36:40] = torch.tensor([5, 6, 7, 8], dtype=torch.uint8)
+    packed = pack(QuantizedTensor(codes, torch.ones(32, 1), 4, 64))
+    block = packed.data.view(2, -1)[1]
+    assert block[256 + 4 : 256 + 8].tolist() == [0x51, 0x62, 0x73, 0x84]
+    assert int(packed.data.view(2, -1)[:, :512].count_nonzero()) == 4
+
+
+def test_wide_codes_are_stored_signed() -> None:
+    codes = torch.full((16, 32), 128, dtype=torch.uint8)
+    codes[3, 5] = 255
+    packed = pack(QuantizedTensor(codes, torch.ones(16, 1), 8, 32))
+    assert packed.data.view(torch.int8)[64 + 4 * 3 + 1] == 127
+    assert int(packed.data[:512].count_nonzero()) == 1
+
+
+@pytest.mark.parametrize(("value", "half"), [(0.5, True), (0.1, False)], ids=["exact in half", "not exact"])
+def test_scales_take_16_bits_only_where_that_changes_nothing(value: float, half: bool) -> None:
+    q = QuantizedTensor(torch.zeros(16, 32, dtype=torch.uint8), torch.full((16, 1), value), 4, 32)
+    packed = pack(q)
+    assert packed.form.half is half
+    assert packed.data.nbytes == 256 + 16 * (2 if half else 4) + 16
+
+
+def test_an_arena_holds_what_was_reserved_and_no_more() -> None:
+    q = quantized(16, 64, 4, 32, "zeros")
+    arena = Arena(2 * packed_bound(q))
+    first, second = hold(q, arena), hold(q, arena)
+    assert torch.equal(first.dequantize_slowly(), q.dequantize())
+    assert torch.equal(second.dequantize_slowly(), q.dequantize())
+    assert first.packed.data.data_ptr() % 64 == 0
+    with pytest.raises(MemoryError, match="reserved"):
+        Arena(64).hold(torch.zeros(65, dtype=torch.uint8))
