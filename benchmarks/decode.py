@@ -29,12 +29,16 @@ from typing import Any
 
 from nybble.bench.client import Target, ask, connect
 from nybble.bench.machine import facts
+from nybble.cli import SPINS
 from nybble.config import ServeConfig
+from nybble.engine.request import Delta, Request, SamplingParams
+from nybble.text.tokenizer import Tokenizer
+
+os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # as the command line does, before torch is imported
+
 from nybble.engine.bandwidth import read_bandwidth
 from nybble.engine.build import build_engine
 from nybble.engine.engine import Engine
-from nybble.engine.request import Delta, Request, SamplingParams
-from nybble.text.tokenizer import Tokenizer
 
 PROMPT = (
     "The history of the city begins with a small settlement on the river, where traders met in the spring. "

@@ -63,6 +63,7 @@ class _Writer:
 
     def __init__(self, spec: ModelSpec, weights: Weights, builder: ProgramBuilder, kv: Tensor) -> None:
         self.spec, self.weights, self.builder = spec, weights, builder
+        self.page = kv.shape[3]
         self.length = min(spec.max_positions, kv.shape[1] * kv.shape[3])
         self.linears: dict[tuple[int, str], Sequence[HeldWeight]] = {}
         cos, sin = rotary_table(spec, spec.max_positions) if spec.positions == "rotary" else (None, None)
@@ -101,7 +102,7 @@ class _Writer:
         self._stack(layer, "qkv", block, ("q", "k", "v"), self.normed, self.qkv)
         norms = [block.norms[n].weight if spec.qk_norm else None for n in ("q_norm", "k_norm")]
         builder.place(self.qkv, self.shape, layer, norms[0], norms[1], spec.norm_eps)
-        builder.attend(self.qkv, self.mixed, self.shape, layer, spec.window(layer), self.length)
+        builder.attend(self.qkv, self.mixed, self.shape, layer, spec.window(layer), self.length, self.page)
         self._stack(layer, "o", block, ("o",), self.mixed, self.x, residual=True)
 
     def _mlp(self, layer: int, block: Block) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nybble_quantizers import rtn
 from nybble_quantizers.scheme import Scheme
+from nybble_quantizers.workers import Map, in_turn
 
 STRIDE = 4
 
@@ -33,7 +34,7 @@ class Choice:
     plain_error: float
 
 
-def search(loss: Loss, activation: Tensor, weight: Tensor, grid: int) -> Choice:
+def search(loss: Loss, activation: Tensor, weight: Tensor, grid: int, run: Map = in_turn) -> Choice:
     """Minimise `loss(s)` over s = activation^r and s = activation^r / weight^(1 - r), r on a grid, and s = 1.
 
     activation: mean |x| of each channel [K] · weight: how large the channel's weights are within their
@@ -44,21 +45,23 @@ def search(loss: Loss, activation: Tensor, weight: Tensor, grid: int) -> Choice:
     plain = loss(ones)
     best = Choice(ones, None, False, plain, plain)
 
-    def attempt(step: int, duo: bool) -> Choice:
+    def attempt(point: tuple[int, bool]) -> Choice:
+        step, duo = point
         ratio = step / grid
         scale = scale_of(activation, weight, ratio, duo)
         return Choice(scale, ratio, duo, loss(scale), plain)
 
-    for step in range(0, grid, STRIDE):
-        tried = [attempt(step, duo) for duo in (False, True) if step or duo]  # activation^0 is s = 1
-        best = min(best, *tried, key=lambda choice: choice.error)
+    coarse = [(step, duo) for step in range(0, grid, STRIDE) for duo in (False, True)]
+    best = min(best, *run(attempt, coarse[1:]), key=_error)  # the first, activation^0, is s = 1
     if best.ratio is None:
         return best
     centre, duo = round(best.ratio * grid), best.duo
-    for step in range(max(centre - STRIDE + 1, 0 if duo else 1), min(centre + STRIDE, grid)):
-        if step != centre:
-            best = min(best, attempt(step, duo), key=lambda choice: choice.error)
-    return best
+    near = range(max(centre - STRIDE + 1, 0 if duo else 1), min(centre + STRIDE, grid))
+    return min(best, *run(attempt, [(step, duo) for step in near if step != centre]), key=_error)
+
+
+def _error(choice: Choice) -> float:
+    return choice.error
 
 
 def scale_of(activation: Tensor, weight: Tensor, ratio: float, duo: bool) -> Tensor:

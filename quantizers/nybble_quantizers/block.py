@@ -18,6 +18,7 @@ from nybble_quantizers import awq, clipping, rtn
 from nybble_quantizers.calibrate import Inputs
 from nybble_quantizers.folding import float_weight, fold, foldable, pool, spread
 from nybble_quantizers.scheme import Scheme
+from nybble_quantizers.workers import Map, in_turn
 
 UNCLIPPED = ("q", "k")  # attention scores punish an error in one key more than a squared error tells
 TINY = 1e-30
@@ -78,26 +79,27 @@ class Finding:
 
 @torch.inference_mode()
 def quantize_block(
-    block: Block, scene: Scene, scheme: Scheme, rounded: frozenset[str]
+    block: Block, scene: Scene, scheme: Scheme, rounded: frozenset[str], run: Map = in_turn
 ) -> tuple[Block, Block, dict[str, Finding]]:
     """(the folded block in float, the same with `rounded` linears quantized, what was chosen for each)."""
     findings: dict[str, Finding] = {}
     for producer, consumers in scene.family.folds:
         if foldable(scene.spec, producer, consumers) and rounded.issuperset(consumers):
-            choice = _search(block, scene, scheme, producer, consumers)
+            choice = _search(block, scene, scheme, producer, consumers, run)
             block = fold(block, scene.spec, producer, consumers, choice.scale)
             _rescale(scene.inputs, consumers[0], spread(scene.spec, producer, choice.scale))
             findings |= dict.fromkeys(consumers, Finding(choice.ratio, choice.duo))
     quantized = Block(dict(block.linears), block.norms)
-    for name in rounded:
-        weight, share, noise = _round(name, block.linears[name], scene, scheme)
+    names = [p for p in reversed(scene.spec.projections) if p in rounded]  # the largest first
+    made = run(lambda name: _round(name, block.linears[name], scene, scheme), names)
+    for name, (weight, share, noise) in zip(names, made, strict=True):
         quantized.linears[name] = Linear(weight, block.linears[name].bias)
         findings[name] = replace(findings.get(name, Finding()), clip_share=share, noise=noise)
     return block, quantized, findings
 
 
 def _search(
-    block: Block, scene: Scene, scheme: Scheme, producer: str, consumers: tuple[str, ...]
+    block: Block, scene: Scene, scheme: Scheme, producer: str, consumers: tuple[str, ...], run: Map
 ) -> awq.Choice:
     weights = [float_weight(block.linears[c]) for c in consumers]
     seen, spec = scene.inputs, scene.spec
@@ -116,7 +118,8 @@ def _search(
 
     group = scheme.group(weights[0].shape[1])
     activation, magnitude = seen.mean[read], awq.magnitude(weights, group)
-    return awq.search(loss, pool(spec, producer, activation), pool(spec, producer, magnitude), scheme.grid)
+    activation, magnitude = pool(spec, producer, activation), pool(spec, producer, magnitude)
+    return awq.search(loss, activation, magnitude, scheme.grid, run)
 
 
 def _rescale(inputs: Inputs, read: str, columns: Tensor) -> None:

@@ -74,9 +74,25 @@ def _text_of(line: str, path: Path, number: int) -> str:
     return text
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What one linear read of one window: the input [T, K], mean |x| [K], and XᵀX [K, K]."""
+
+    rows: Tensor
+    mean: Tensor
+    gram: Tensor
+
+
+class Observation(dict[str, Seen]):
+    """One window's way through a block, by the name under which the decoder shows an input."""
+
+    def observe(self, projection: str, x: Tensor) -> None:
+        self[projection] = Seen(x, x.abs().mean(0), x.T @ x)
+
+
 @dataclass(eq=False)
 class Inputs:
-    """What the linears of one block read, by the name under which the decoder shows it.
+    """What the linears of one block read, summed over windows.
 
     mean: mean |x| of each input channel, [K] · gram: XᵀX over all tokens, [K, K] · tokens: how many there
     were · rows: the inputs themselves of the first `kept` windows, each [T, K].
@@ -88,16 +104,16 @@ class Inputs:
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
-    def observe(self, projection: str, x: Tensor) -> None:
-        """Add one window: x [T, K]."""
-        before = self.tokens.get(projection, 0)
-        total = before + len(x)
-        mean = x.abs().mean(0)
-        if before == 0:
-            self.mean[projection], self.gram[projection], self.rows[projection] = mean, x.T @ x, []
-        else:
-            self.mean[projection] += (mean - self.mean[projection]) * (len(x) / total)
-            self.gram[projection].addmm_(x.T, x)
-        if len(self.rows[projection]) < self.kept:
-            self.rows[projection].append(x)
-        self.tokens[projection] = total
+    def add(self, window: Observation) -> None:
+        for projection, seen in window.items():
+            before = self.tokens.get(projection, 0)
+            total = before + len(seen.rows)
+            if before == 0:
+                self.mean[projection], self.gram[projection] = seen.mean.clone(), seen.gram.clone()
+            else:
+                self.mean[projection] += (seen.mean - self.mean[projection]) * (len(seen.rows) / total)
+                self.gram[projection] += seen.gram
+            rows = self.rows.setdefault(projection, [])
+            if len(rows) < self.kept:
+                rows.append(seen.rows)
+            self.tokens[projection] = total

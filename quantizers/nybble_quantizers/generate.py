@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from nybble_models.decoder import Decoder
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Weights
+from nybble_quantizers.workers import Map, in_turn
+
+TOGETHER = 8  # sequences in lockstep: the work of one core, the same whatever the number of cores
 
 
 class Lockstep:
@@ -33,30 +37,63 @@ class Lockstep:
         return torch.einsum("bgrl,blge->bgre", scores.softmax(-1), self.values[layer, :, seen]).flatten(1, 2)
 
 
-@torch.inference_mode()
 def generate(
-    spec: ModelSpec, weights: Weights, samples: int, length: int, seed: int, advance: Callable[[int], None]
+    spec: ModelSpec,
+    weights: Weights,
+    samples: int,
+    length: int,
+    seed: int,
+    advance: Callable[[int], None],
+    run: Map = in_turn,
 ) -> Tensor:
-    """int64 [samples, length], sampled from the model at temperature 1.
+    """int64 [samples, length], sampled from the model at temperature 1. Float32 weights: each step reads all.
 
     Each sequence opens with a token drawn from the whole vocabulary: all would start alike otherwise.
-    `advance(tokens)` hears how many positions are done.
+    `advance(positions)` hears how far the first `TOGETHER` sequences are.
     """
-    generator = torch.Generator().manual_seed(seed)
-    decoder = Decoder(spec, weights)
-    angles = decoder.cos, decoder.sin
-    cache = Lockstep(spec, samples, length)
-    tokens = torch.empty(samples, length, dtype=torch.int64)
-    tokens[:, 0] = torch.randint(spec.vocab_size, (samples,), generator=generator)
-    for position in range(length - 1):
-        cache.position = position
-        _at(decoder, angles, position, samples)
-        x = _embed(decoder, tokens[:, position], position)
-        for layer in range(spec.num_layers):
-            x = decoder.block(layer, x, cache)
-        tokens[:, position + 1] = _draw(decoder.logits(x), generator)
-        advance(position + 2)
-    return tokens
+    stopped = Event()
+
+    def part(first: int) -> Tensor:
+        count = min(TOGETHER, samples - first)
+        generator = torch.Generator().manual_seed((seed << 20) + first)
+        sentences = _Sentences(spec, weights, count, length, generator)
+        for position in range(length - 1):
+            if stopped.is_set():
+                break
+            sentences.step(position)
+            if first == 0:
+                advance(position + 2)
+        return sentences.tokens
+
+    try:
+        return torch.cat(run(part, range(0, samples, TOGETHER)))
+    except BaseException:
+        stopped.set()  # Ctrl-C need not wait for the parts that are still writing
+        raise
+
+
+class _Sentences:
+    """A few sequences in lockstep, all rows of a step at one position."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, count: int, length: int, generator: torch.Generator
+    ) -> None:
+        self.decoder = Decoder(spec, weights)
+        self.angles = self.decoder.cos, self.decoder.sin
+        self.cache = Lockstep(spec, count, length)
+        self.generator = generator
+        self.tokens = torch.empty(count, length, dtype=torch.int64)
+        self.tokens[:, 0] = torch.randint(spec.vocab_size, (count,), generator=generator)
+
+    def step(self, position: int) -> None:
+        """Draw the tokens after `position`."""
+        decoder = self.decoder
+        self.cache.position = position
+        _at(decoder, self.angles, position, len(self.tokens))
+        x = _embed(decoder, self.tokens[:, position], position)
+        for layer in range(decoder.spec.num_layers):
+            x = decoder.block(layer, x, self.cache)
+        self.tokens[:, position + 1] = _draw(decoder.logits(x), self.generator)
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

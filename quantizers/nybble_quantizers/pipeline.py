@@ -19,6 +19,7 @@ from nybble_models.loader import Loader
 from nybble_models.weights import Block, Linear
 from nybble_quantizers import rtn
 from nybble_quantizers.block import Finding
+from nybble_quantizers.calibrate import Calibration
 from nybble_quantizers.folding import float_weight
 from nybble_quantizers.output import appearing
 from nybble_quantizers.report import (
@@ -33,6 +34,7 @@ from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.selection import Selection, select
 from nybble_quantizers.stream import Stream, calibration_for, read_block
 from nybble_quantizers.tokenizing import carry_over
+from nybble_quantizers.workers import Map, side_by_side
 from nybble_quantizers.writer import ModelWriter
 
 log = logging.getLogger("nybble.quantize")
@@ -84,7 +86,9 @@ class _Run:
 
     def write(self, folder: Path, command: str) -> QuantReport:
         writer = ModelWriter(folder, self.loader.family, CODEC)
-        layers, calibration = self._blocks(writer)
+        with side_by_side() as run:
+            calibration = self._calibration(run)
+            layers = self._blocks(writer, calibration, run)
         writer.rest(self.loader)
         self.tell(QuantizeProgress("write", 0, 1))
         writer.shards.close()
@@ -96,7 +100,7 @@ class _Run:
             source=self.source.name,
             scheme=asdict(self.scheme),
             seed=self.seed,
-            calibration=calibration,
+            calibration=calibration.describe() if calibration else None,
             versions=versions(),
             command=command,
             bytes=sizes,
@@ -105,9 +109,9 @@ class _Run:
             layers=tuple(layers),
         )
 
-    def _blocks(self, writer: ModelWriter) -> tuple[list[LayerReport], dict[str, object] | None]:
-        """Quantize and write every block: (a report per linear, what the calibration text was)."""
-        stream, described = self._stream()
+    def _blocks(self, writer: ModelWriter, calibration: Calibration | None, run: Map) -> list[LayerReport]:
+        """Quantize and write every block."""
+        stream = None if calibration is None else Stream(self.loader, calibration, self.scheme, run)
         started, total = time.monotonic(), self.loader.spec.num_layers
         reports: list[LayerReport] = []
         for layer, rounded in enumerate(self.selection.rounded):
@@ -125,13 +129,13 @@ class _Run:
             left = (time.monotonic() - started) / (layer + 1) * (total - layer - 1)
             noise = max((f.noise for f in findings.values() if f.noise is not None), default=None)
             self.tell(QuantizeProgress("quantize", layer + 1, total, left, noise))
-        return reports, described
+        return reports
 
-    def _stream(self) -> tuple[Stream | None, dict[str, object] | None]:
+    def _calibration(self, run: Map) -> Calibration | None:
         if self.scheme.method != "awq":
-            return None, None
-        found = calibration_for(self.source, self.loader, self.scheme, self.calibration, self.seed, self.tell)
-        return Stream(self.loader, found, self.scheme), found.describe()
+            return None
+        file, seed = self.calibration, self.seed
+        return calibration_for(self.source, self.loader, self.scheme, file, seed, self.tell, run)
 
     def _nearest(self, block: Block, rounded: frozenset[str]) -> Block:
         linears = dict(block.linears)

@@ -14,17 +14,19 @@ from nybble_models.errors import BrokenCheckpoint
 from nybble_models.loader import Loader
 from nybble_models.weights import Block, Linear, Norm, Weights
 from nybble_quantizers.block import Finding, Scene, Window, quantize_block
-from nybble_quantizers.calibrate import Calibration, Inputs, read_windows
+from nybble_quantizers.calibrate import Calibration, Inputs, Observation, read_windows
 from nybble_quantizers.generate import generate
 from nybble_quantizers.report import Listener, QuantizeProgress
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.tokenizing import load_tokenizer
+from nybble_quantizers.workers import Map
 
+TOGETHER = 8  # windows whose inputs are held at the same time
 KEPT = 2  # windows on which the halves of a block are run for every candidate; four chose no better
 
 
 def calibration_for(
-    source: Path, loader: Loader, scheme: Scheme, file: str | None, seed: int, tell: Listener
+    source: Path, loader: Loader, scheme: Scheme, file: str | None, seed: int, tell: Listener, run: Map
 ) -> Calibration:
     """Windows of the file, or, without one, text that the model writes (which needs all of it in memory)."""
     length = min(scheme.length, loader.spec.max_positions)
@@ -36,8 +38,21 @@ def calibration_for(
         left = (time.monotonic() - started) / done * (length - done)
         tell(QuantizeProgress("calibrate", done, length, left))
 
-    tokens = generate(loader.spec, loader.load(), scheme.samples, length, seed, advance)
+    tokens = generate(loader.spec, float_weights(loader), scheme.samples, length, seed, advance, run)
     return Calibration(tokens, "written by the model")
+
+
+def float_weights(loader: Loader) -> Weights:
+    """The whole model in float32."""
+    blocks = [read_block(loader, layer) for layer in range(loader.spec.num_layers)]
+    positions, head = loader.positions(), loader.head()
+    return Weights(
+        _finite(loader.embed(), loader.family.embed),
+        None if positions is None else positions.float(),
+        blocks,
+        loader.final_norm(),
+        None if head is None else _finite_linear(head, loader.family.head),
+    )
 
 
 class Stream:
@@ -47,8 +62,9 @@ class Stream:
     instead was measured: the same perplexity within the noise, for twice the forward passes.
     """
 
-    def __init__(self, loader: Loader, calibration: Calibration, scheme: Scheme) -> None:
+    def __init__(self, loader: Loader, calibration: Calibration, scheme: Scheme, run: Map) -> None:
         self.loader = loader
+        self.run = run
         self.scheme = scheme
         spec = loader.spec
         empty = [Block()] * spec.num_layers
@@ -63,9 +79,19 @@ class Stream:
         inputs = Inputs(KEPT)
         blocks, spec = self.decoder.weights.blocks, self.loader.spec
         blocks[layer] = block
-        self.states = [self.decoder.block(layer, x, Window(spec), inputs.observe) for x in self.states]
+
+        def through(state: Tensor) -> tuple[Tensor, Observation]:
+            seen = Observation()
+            return self.decoder.block(layer, state, Window(spec), seen.observe), seen
+
+        for first in range(0, len(self.states), TOGETHER):
+            part = slice(first, first + TOGETHER)
+            moved = self.run(through, self.states[part])
+            self.states[part] = [state for state, _ in moved]
+            for _, seen in moved:
+                inputs.add(seen)
         scene = Scene(self.decoder, self.loader.family, layer, inputs)
-        done = quantize_block(block, scene, self.scheme, rounded)
+        done = quantize_block(block, scene, self.scheme, rounded, self.run)
         blocks[layer] = Block()
         return done
 

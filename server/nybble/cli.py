@@ -32,6 +32,10 @@ VERBS = {
 
 INTERRUPTED = 130
 
+SPINS = "1000"
+"""How often PyTorch's OpenMP threads look for a task before they sleep: a few microseconds. Left alone
+they spin for milliseconds; beside another busy process, on two cores, matrix products took 6.5 x as long."""
+
 
 def build_app() -> App:
     """The verbs by name; a verb's module is imported when it is used."""
@@ -50,6 +54,7 @@ def build_app() -> App:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported, which is later
     app = build_app()
     try:
         result = app(

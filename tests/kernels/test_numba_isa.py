@@ -12,8 +12,10 @@ import pytest
 from nybble_kernels.numba import compiled
 from nybble_kernels.numba.compiled import cache_folder
 from nybble_kernels.numba.isa import AVX2, AVX512_VNNI, AVX_VNNI, PLAIN, Isa, choose
+from nybble_kernels.numba.layout import Format
 from nybble_kernels.numba.machine import Target, assembly
 
+FORMS = Format(4, half=True, minimum=False), Format(8, half=False, minimum=True)
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 
 
@@ -31,7 +33,7 @@ X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 def test_it_compiles_for_its_processors(
     isa: Isa, cpu: str, triple: str, present: tuple[str, ...], absent: tuple[str, ...]
 ) -> None:
-    text = assembly(isa, Target(cpu, "", triple))
+    text = assembly(isa, Target(cpu, "", triple), FORMS)
     for word in present:
         assert word in text, word
     for word in absent:

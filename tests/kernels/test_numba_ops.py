@@ -102,19 +102,19 @@ def held(cache: Cache, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("window", [None, 5, 33])
 def test_attention(head_dim: int, heads: int, kv_heads: int, window: int | None) -> None:
     shape = Attention(heads, kv_heads, head_dim, 0.3)
-    positions = [0, 3, 16, 70]
-    cache = scene(4, shape, positions, page=8)
+    positions = [0, 3, 16, 270, 600]
+    cache = scene(5, shape, positions, page=8)
     for row, position in enumerate(positions):
         first = max(0, position - window + 1) if window else 0
         for p in range(first, position + 1):
             block = cache.tables[row, p // 8].long()
             cache.kv[1, block, :, p % 8] = torch.randn(2, kv_heads, head_dim).bfloat16()
-    program = builder(rows=4)
+    program = builder(rows=5)
     qkv, out = program.buffer((heads + 2 * kv_heads) * head_dim), program.buffer(heads * head_dim)
-    values = torch.randn(4, qkv.width)
+    values = torch.randn(5, qkv.width)
     fill(qkv, values)
-    program.attend(qkv, out, shape, 1, window, length=72)
-    run(program, 4, cache=cache)
+    program.attend(qkv, out, shape, 1, window, length=608, page=8)
+    run(program, 5, cache=cache)
     for row, position in enumerate(positions):
         keys, contents = (t[: position + 1].float().nan_to_num() for t in held(cache, 1, row))
         query = values[row, : heads * head_dim].view(1, heads, head_dim)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nybble_kernels.numba.arena import Arena
 from nybble_kernels.numba.packing import pack, unpack
-from nybble_kernels.numba.weight import hold, packed_bound
+from nybble_kernels.numba.weight import QuantizedWeight, hold, packed_bound
 from nybble_kernels.quantized import QuantizedTensor
 from support_quantized import quantized
 
@@ -54,8 +54,8 @@ def test_wide_codes_are_stored_signed() -> None:
     codes = torch.full((16, 32), 128, dtype=torch.uint8)
     codes[3, 5] = 255
     packed = pack(QuantizedTensor(codes, torch.ones(16, 1), 8, 32))
-    assert packed.data.view(torch.int8)[64 + 4 * 3 + 1] == 127
-    assert int(packed.data[:512].count_nonzero()) == 1
+    assert packed.data.view(torch.int8)[0, 64 + 4 * 3 + 1] == 127
+    assert int(packed.data[0, :512].count_nonzero()) == 1
 
 
 @pytest.mark.parametrize(("value", "half"), [(0.5, True), (0.1, False)], ids=["exact in half", "not exact"])
@@ -63,15 +63,22 @@ def test_scales_take_16_bits_only_where_that_changes_nothing(value: float, half:
     q = QuantizedTensor(torch.zeros(16, 32, dtype=torch.uint8), torch.full((16, 1), value), 4, 32)
     packed = pack(q)
     assert packed.form.half is half
-    assert packed.data.nbytes == 256 + 16 * (2 if half else 4) + 16
+    assert packed.data.nbytes == -(-(256 + 16 * (2 if half else 4) + 16) // 64) * 64
 
 
 def test_an_arena_holds_what_was_reserved_and_no_more() -> None:
-    q = quantized(16, 64, 4, 32, "zeros")
+    """Block b lies in stream b % 4, and what fills up the last four is zero."""
+    q = quantized(80, 64, 4, 32, "zeros")
     arena = Arena(2 * packed_bound(q))
     first, second = hold(q, arena), hold(q, arena)
     assert torch.equal(first.dequantize_slowly(), q.dequantize())
     assert torch.equal(second.dequantize_slowly(), q.dequantize())
-    assert first.packed.data.data_ptr() % 64 == 0
+    assert isinstance(first, QuantizedWeight)
+    data = first.packed.data
+    assert data.shape == (2, 4, 704)
+    assert data.data_ptr() % 64 == 0
+    assert torch.equal(data.flatten(0, 1)[:5], pack(q).data)
+    assert not data[1, 1:].any()
     with pytest.raises(MemoryError, match="reserved"):
-        Arena(64).hold(torch.zeros(65, dtype=torch.uint8))
+        for _ in range(3):
+            hold(q, arena)

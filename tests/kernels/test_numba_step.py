@@ -131,12 +131,11 @@ def test_bytes_are_those_of_the_weights() -> None:
     spec = tiny_spec("mistral")
     weights = tiny_weights(spec)
     program, _ = program_of(spec, weights)
-    held = [each.weight for block in weights.blocks for each in block.linears.values()]
-    codes = sum(w.codes.numel() // 2 for w in held if isinstance(w, QuantizedTensor))
-    groups = sum(w.scales.numel() for w in held if isinstance(w, QuantizedTensor))
+    fused = {"qkv": (4, 2), "o": (1, 4), "gate_up": (3, 2), "down": (1, 3)}  # fours of blocks, groups of 32
+    block = {groups: -(-groups * (256 + 32 + 16) // 64) * 64 for groups in (2, 3, 4)}
     assert program.weight_bytes_per_step == {
-        "linear": codes + groups * 3,
-        "head": 112 * spec.hidden_size * 2,  # 97 rows in blocks of 16
+        "linear": 3 * sum(4 * fours * block[groups] for fours, groups in fused.values()),
+        "head": 8 * 16 * spec.hidden_size * 2,
         "norm": 4 * spec.hidden_size * 7,
     }
     assert program.kv_bytes([0, 3, 50]) == step_kv_bytes(spec, [0, 3, 50])

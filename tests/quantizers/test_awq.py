@@ -9,7 +9,7 @@ from nybble_models.families import FAMILIES
 from nybble_models.weights import Block, Weights
 from nybble_quantizers import awq, clipping, rtn
 from nybble_quantizers.block import Scene, Window, quantize_block
-from nybble_quantizers.calibrate import Inputs
+from nybble_quantizers.calibrate import Inputs, Observation
 from nybble_quantizers.scheme import Scheme
 from support_tiny import CONFIGS, tiny_spec, tiny_weights
 
@@ -118,7 +118,7 @@ def test_awq_beats_round_to_nearest_where_channels_stand_out(name: str) -> None:
     windows = torch.randint(spec.vocab_size, (6, 40), generator=torch.Generator().manual_seed(1))
     states = [decoder.embed(w) for w in windows]
     inputs = Inputs(kept=4)
-    expected = torch.stack([decoder.block(0, x, Window(spec), inputs.observe) for x in states])
+    expected = torch.stack([watched(decoder, x, inputs) for x in states])
     scene = Scene(decoder, family, 0, inputs)
     float_block = weights.blocks[0]
     _, found, findings = quantize_block(float_block, scene, SCHEME, frozenset(spec.projections))
@@ -135,6 +135,14 @@ def test_awq_beats_round_to_nearest_where_channels_stand_out(name: str) -> None:
     assert findings["q"].clip_share == 0
 
 
+def watched(decoder: Decoder, state: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+    """The first block over one window, its inputs added up."""
+    seen = Observation()
+    after = decoder.block(0, state, Window(decoder.spec), seen.observe)
+    inputs.add(seen)
+    return after
+
+
 def _weight(block: Block, projection: str) -> torch.Tensor:
     weight = block.linears[projection].weight
     assert isinstance(weight, torch.Tensor)
@@ -145,7 +153,7 @@ def test_what_stays_float_is_neither_folded_nor_rounded() -> None:
     spec, family = tiny_spec("llama"), FAMILIES[0]
     weights: Weights = tiny_weights(spec, group_size=None)
     decoder, inputs = Decoder(spec, weights), Inputs(kept=2)
-    decoder.block(0, decoder.embed(torch.arange(30)), Window(spec), inputs.observe)
+    watched(decoder, decoder.embed(torch.arange(30)), inputs)
     scene = Scene(decoder, family, 0, inputs)
     before = weights.blocks[0]
     _, after, findings = quantize_block(before, scene, SCHEME, frozenset({"gate", "up"}))

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from nybble_models.decoder import Decoder
 from nybble_models.errors import ModelError
-from nybble_quantizers.calibrate import Inputs, read_windows
+from nybble_quantizers.calibrate import Inputs, Observation, read_windows
 from nybble_quantizers.generate import generate
 from support_engine import byte_tokenizer
 from support_tiny import CONFIGS, tiny_spec, tiny_weights
@@ -74,7 +74,9 @@ def test_inputs_add_up_over_windows() -> None:
     windows = [torch.randn(n, 6, generator=torch.Generator().manual_seed(n)) for n in (5, 9, 2)]
     seen = Inputs(kept=2)
     for window in windows:
-        seen.observe("q", window)
+        one = Observation()
+        one.observe("q", window)
+        seen.add(one)
     together = torch.cat(windows)
     assert torch.allclose(seen.mean["q"], together.abs().mean(0))
     assert torch.allclose(seen.gram["q"], together.T @ together, atol=1e-4)
@@ -92,6 +94,15 @@ def test_generation_draws_what_the_decoder_finds_likely(name: str) -> None:
     assert list(tokens.shape) == [5, 20]
     for row in tokens:
         assert torch.equal(Decoder(spec, weights).forward(row)[:-1].argmax(-1), row[1:])
+
+
+def test_parts_differ_and_do_not_depend_on_each_other() -> None:
+    spec = tiny_spec("llama")
+    weights = tiny_weights(spec, group_size=None)
+    few, many = (generate(spec, weights, n, 12, 0, lambda done: None) for n in (8, 19))
+    assert torch.equal(many[:8], few)
+    assert not torch.equal(many[8:16], few)
+    assert list(many.shape) == [19, 12]
 
 
 def test_generation_is_seeded() -> None:

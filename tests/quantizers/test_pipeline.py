@@ -117,6 +117,19 @@ def test_the_same_seed_makes_the_same_bytes(tmp_path: Path, source: Path) -> Non
     assert a["model.safetensors"] != c["model.safetensors"]
 
 
+def test_the_number_of_threads_changes_no_byte(tmp_path: Path, source: Path) -> None:
+    before = torch.get_num_threads()
+    scheme = replace(AWQ, samples=17, length=12)  # three parts are written side by side
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            quantize(source, tmp_path / str(threads), scheme, command="")
+    finally:
+        torch.set_num_threads(before)
+    one, three = ((tmp_path / name / "model.safetensors").read_bytes() for name in "13")
+    assert one == three
+
+
 def test_calibration_text_decides_instead_of_the_seed(tmp_path: Path, source: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)

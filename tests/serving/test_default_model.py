@@ -1,4 +1,4 @@
-"""The real default model behind the real server, through the official client.
+"""The real default model behind the real server, talked to with the official client.
 
 The model is fetched and quantized into the user's cache on the first run, as `make serve` does it.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 import pytest
+
 from support_server import Server, running
 
 pytestmark = pytest.mark.timeout(900)
@@ -51,7 +52,9 @@ def test_a_streamed_chat_knows_paris(client: openai.OpenAI) -> None:
     chunks = list(stream)
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert "Paris" in text
-    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["stop"]
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [
+        "stop"
+    ]
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens > 3
 
@@ -60,7 +63,8 @@ def test_stream_and_whole_are_one_answer(client: openai.OpenAI) -> None:
     settings: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 32}
     whole = client.chat.completions.create(**settings)
     parts = client.chat.completions.create(**settings, stream=True)
-    assert "".join(c.choices[0].delta.content or "" for c in parts if c.choices) == whole.choices[0].message.content
+    text = "".join(c.choices[0].delta.content or "" for c in parts if c.choices)
+    assert text == whole.choices[0].message.content
 
 
 def test_logprobs_of_an_echo_sum_to_a_likely_sentence(client: openai.OpenAI) -> None:
@@ -74,7 +78,8 @@ def test_logprobs_of_an_echo_sum_to_a_likely_sentence(client: openai.OpenAI) -> 
 
 
 def test_metrics_saw_it(server: Server, client: openai.OpenAI) -> None:
-    client.completions.create(model=MODEL, prompt="Once upon a time", max_tokens=16, extra_body={"ignore_eos": True})
+    unending = {"ignore_eos": True}
+    client.completions.create(model=MODEL, prompt="Once upon a time", max_tokens=16, extra_body=unending)
     assert server.metric("nybble_generation_tokens_total") >= 16
     assert 0 < server.metric("nybble_decode_bandwidth_utilization_ratio") < 1.5
     assert server.metric("vllm:generation_tokens_total") == server.metric("nybble_generation_tokens_total")

@@ -14,9 +14,10 @@ from llvmlite import ir
 
 from nybble_kernels.numba.emit import F32, I16, I32, I64, PTR, Emitter, filled, vector
 
-ARGUMENTS = (PTR, PTR, I64, PTR, I64, I64, I64, I64)
+ARGUMENTS = (PTR, PTR, I64, PTR, I64, I64, I64, I64, PTR)
 """scores: query, keys, bytes between positions, out, bytes between heads of out, positions, head size, heads
-values: weights, values, bytes between positions, out, the same of weights, positions, head size, heads"""
+values: weights, values, bytes between positions, out, the same of weights, positions, head size, heads
+both: the page to ask for meanwhile, a line at a time; pages are scattered, so the processor cannot guess"""
 
 TILE = 4  # positions whose scores are summed together
 SHAPES = ((8, 4), (8, 1), (1, 1))  # (lanes, vectors at a time): head sizes in multiples of 32, of 8, any
@@ -39,7 +40,7 @@ def shape_for(head_dim: int, group: int) -> tuple[int, int, int]:
 
 def emit_scores(module: Any, lanes: int, together: int) -> None:
     e = Emitter(module, scores_name(lanes, together), ARGUMENTS)
-    query, keys, slot_bytes, out, out_stride, positions, size, heads = e.function.args
+    query, keys, slot_bytes, out, out_stride, positions, size, heads, following = e.function.args
     tile = TILE if lanes > 1 else 1
     tiles, rest = e.b.udiv(positions, e.i64(tile)), e.b.urem(positions, e.i64(tile))
     with e.loop(e.b.udiv(heads, e.i64(together))) as index:
@@ -50,18 +51,25 @@ def emit_scores(module: Any, lanes: int, together: int) -> None:
             with e.loop(count) as number:
                 position = e.plus(start, e.times(number, step))
                 rows = [e.at(keys, e.times(e.plus(position, i), slot_bytes)) for i in range(step)]
-                for sums, target in zip(_dots(e, lanes, queries, rows, size), targets, strict=True):
+                soon = e.at(following, e.times(position, slot_bytes)) if step > 1 else None
+                dots = _dots(e, lanes, queries, rows, size, soon, slot_bytes)
+                for sums, target in zip(dots, targets, strict=True):
                     e.store(sums, target, e.times(position, 4), align=4)
     e.b.ret_void()
 
 
-def _dots(e: Emitter, lanes: int, queries: list[Any], rows: list[Any], size: Any) -> list[Any]:
-    """For each query, float32 [rows]: the query by each row."""
+def _dots(
+    e: Emitter, lanes: int, queries: list[Any], rows: list[Any], size: Any, soon: Any, slot_bytes: Any
+) -> list[Any]:
+    """For each query, float32 [rows]: the query by each row. `soon`: four rows to ask for, or None."""
     floats = vector(F32, lanes)
     slots = [e.variables(floats, len(rows)) for _ in queries]
     for slot in (s for line in slots for s in line):
         e.b.store(filled(floats, 0.0), slot)
     with e.loop(e.b.udiv(size, e.i64(lanes))) as chunk:
+        if soon is not None:  # as many chunks of 16 bytes in a row as lines of 64 in four
+            row, line = e.b.and_(chunk, e.i64(TILE - 1)), e.b.udiv(chunk, e.i64(TILE))
+            e.prefetch(soon, e.times(row, slot_bytes), e.times(line, 64))
         keys = [
             e.floats_of_bfloat(e.load(vector(I16, lanes), row, e.times(chunk, 2 * lanes), align=2))
             for row in rows
@@ -96,7 +104,7 @@ def _neighbours(e: Emitter, a: Any, b: Any) -> Any:
 
 def emit_values(module: Any, lanes: int, vectors: int, together: int) -> None:
     e = Emitter(module, values_name(lanes, vectors, together), ARGUMENTS)
-    weights, values, slot_bytes, out, weight_stride, positions, size, heads = e.function.args
+    weights, values, slot_bytes, out, weight_stride, positions, size, heads, following = e.function.args
     floats, width = vector(F32, lanes), lanes * vectors
     with e.loop(e.b.udiv(heads, e.i64(together))) as index:
         head = e.times(index, together)
@@ -109,7 +117,10 @@ def emit_values(module: Any, lanes: int, vectors: int, together: int) -> None:
             slots = [e.variable(e.load(floats, target, align=4)) for target in targets]
             with e.loop(positions) as position:
                 at = e.times(position, 4)
-                value = e.at(values, e.times(position, slot_bytes), e.times(chunk, 2 * width))
+                place = e.plus(e.times(position, slot_bytes), e.times(chunk, 2 * width))
+                value = e.at(values, place)
+                if vectors > 1:
+                    e.prefetch(following, place)
                 parts = [
                     e.floats_of_bfloat(e.load(vector(I16, lanes), value, 2 * lanes * v, align=2))
                     for v in range(vectors)

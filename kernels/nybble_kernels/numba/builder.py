@@ -13,12 +13,20 @@ from torch import Tensor
 from nybble_kernels.numba import quantize_kernel
 from nybble_kernels.numba.activation import KINDS
 from nybble_kernels.numba.arena import Arena, floats
+from nybble_kernels.numba.attention import PARTS, SHORTEST
 from nybble_kernels.numba.attention_kernels import scores_name, shape_for, values_name
 from nybble_kernels.numba.dequantize import dequantize_name
 from nybble_kernels.numba.embed import BFLOAT, FLOAT, PACKED
 from nybble_kernels.numba.frame import Code, record
 from nybble_kernels.numba.machine import Kernels
-from nybble_kernels.numba.weight import FloatWeight, HeldWeight, QuantizedWeight, activation_stride, hold
+from nybble_kernels.numba.weight import (
+    FloatWeight,
+    HeldWeight,
+    QuantizedWeight,
+    activation_stride,
+    hold,
+    places,
+)
 from nybble_kernels.quantized import Weight
 
 
@@ -64,7 +72,8 @@ class ProgramBuilder:
         self.ops: list[list[int]] = []
         self.kept: list[object] = [arena]
         self.bytes: dict[str, int] = {}
-        self.scratch = 64 * 4  # floats that one thread needs: a tile of outputs, a gathered row, or scores
+        self.scratch = 4 * 64  # floats that one thread needs: a tile of outputs, a gathered row, or scores
+        self._shared: dict[int, int] = {}
         self._integers: dict[tuple[int, int, bytes], tuple[int, int]] = {}
 
     def buffer(self, width: int) -> Buffer:
@@ -129,18 +138,37 @@ class ProgramBuilder:
         self._changed(qkv)
 
     def attend(
-        self, qkv: Buffer, out: Buffer, shape: Attention, layer: int, window: int | None, length: int
+        self,
+        qkv: Buffer,
+        out: Buffer,
+        shape: Attention,
+        layer: int,
+        window: int | None,
+        length: int,
+        page: int,
     ) -> None:
-        """out = attention of the new position; `length` is the most positions it can see."""
-        self.scratch = max(self.scratch, length * (shape.heads // shape.kv_heads))
-        sizes = shape.heads, shape.kv_heads, shape.head_dim
-        lanes, vectors, heads = shape_for(shape.head_dim, shape.heads // shape.kv_heads)
-        kernels = self.kernels[scores_name(lanes, heads)], self.kernels[values_name(lanes, vectors, heads)]
-        tail = layer, window or 0, bits_of(shape.scale), *kernels
-        self.ops.append(
-            record(Code.ATTEND, qkv.address, qkv.stride, out.address, *sizes, *tail, per_row=shape.kv_heads)
+        """out = attention of the new position over at most `length`, in blocks of `page` positions."""
+        part = max(SHORTEST, -(-length // PARTS)) + 2 * page  # positions, at most
+        self.scratch = max(self.scratch, part * shape.heads)
+        lanes, vectors, together = shape_for(shape.head_dim, shape.heads // shape.kv_heads)
+        kernels = (
+            self.kernels[scores_name(lanes, together)],
+            self.kernels[values_name(lanes, vectors, together)],
         )
+        sizes = shape.heads, shape.kv_heads, shape.head_dim
+        scale, parts = bits_of(shape.scale), self._parts(shape)
+        tail = layer, window or 0, scale, *kernels
+        self.ops.append(record(Code.ATTEND, qkv.address, qkv.stride, parts, *sizes, *tail, per_row=PARTS))
+        merge = parts, out.address, shape.heads, shape.head_dim, scale
+        self.ops.append(record(Code.MERGE, *merge, per_row=1))
         self._changed(out)
+
+    def _parts(self, shape: Attention) -> int:
+        """Address of what attention leaves between its two ops, shared by all layers."""
+        width = PARTS * shape.heads * (shape.head_dim + 2)
+        if width not in self._shared:
+            self._shared[width] = int(self._floats(width).ctypes.data)
+        return self._shared[width]
 
     def activate(self, x: Buffer, y: Buffer, kind: str, gated: bool) -> None:
         """y = act(x), or act(first half of x) * second half."""
@@ -173,16 +201,16 @@ class ProgramBuilder:
     def _changed(self, y: Buffer) -> None:
         self._integers = {k: v for k, v in self._integers.items() if k[0] != y.address}
 
-    def _table(self, table: Tensor | HeldWeight) -> tuple[int, int, int, int, int, int]:
-        """Kind, address, kernel, bytes of a block, groups, subs of an embedding."""
+    def _table(self, table: Tensor | HeldWeight) -> tuple[int, ...]:
+        """Kind, address, kernel, bytes of a block and between streams, groups, subs of an embedding."""
         if isinstance(table, QuantizedWeight) and table.columns is None:
             form, sizes = table.packed.form, (table.packed.groups, table.packed.subs)
             kernel = self.kernels[dequantize_name(form)]
-            return PACKED, table.packed.data.data_ptr(), kernel, table.block_bytes, *sizes
+            return PACKED, table.packed.data.data_ptr(), kernel, *places(table.packed.data), *sizes
         values = table if isinstance(table, Tensor) else table.dequantize_slowly()
         values = values.contiguous() if values.dtype == torch.bfloat16 else values.float().contiguous()
         self.kept.append(values)
-        return BFLOAT if values.dtype == torch.bfloat16 else FLOAT, values.data_ptr(), 0, 0, 0, 0
+        return BFLOAT if values.dtype == torch.bfloat16 else FLOAT, values.data_ptr(), 0, 0, 0, 0, 0
 
     def _constant(self, values: Tensor) -> int:
         """Address of the values as float32."""

@@ -55,14 +55,14 @@ def _version() -> str:
 def compiled_step(progress: Progress | None = None) -> Run:
     with _LOCK:
         if progress:
-            progress("compiling the decode step")
+            progress("loading the decode step (compiled on the first start)")
         return _step()
 
 
 def kernels(isa: Isa, progress: Progress | None = None) -> Kernels:
     with _LOCK:
         if progress:
-            progress(f"compiling the {isa.name} kernels")
+            progress(f"loading the {isa.name} kernels (compiled on the first start)")
         return _kernels(isa)
 
 

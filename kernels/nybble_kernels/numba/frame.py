@@ -20,6 +20,7 @@ class Code(IntEnum):
     ATTEND = 5
     ACTIVATE = 6
     DEQUANTIZE = 7
+    MERGE = 8
 
 
 RECORD = 24  # int64 of an op

@@ -1,4 +1,4 @@
-"""y[m, n] = sum over groups of scale * (sum of codes * activations - offset terms), one block of 16 rows.
+"""y[m, n] = sum over groups of scale * (sum of codes * activations - offset terms), four blocks of 16 rows.
 
 Integer dot products of 32 inputs are exact; each is scaled by its activation scale, summed over the weight
 group, and scaled by the weight scale. A row of the batch goes through the same operations in the same order
@@ -12,13 +12,13 @@ from typing import Any
 from nybble_kernels.numba.dots import DOTS
 from nybble_kernels.numba.emit import F32, I8, I16, I32, I64, PTR, Emitter, filled, vector
 from nybble_kernels.numba.isa import PLAIN, Isa
-from nybble_kernels.numba.layout import ROWS, SUB, Format
+from nybble_kernels.numba.layout import ROWS, STREAMS, SUB, Format
 
 PREFETCH_BYTES = 8192
 """Ahead of the codes. On Zen 3 from memory, GB/s: none 7.0, 1024 9.0, 4096 10.9, 8192 to 65536 11.7."""
 
-ARGUMENTS = (PTR, PTR, I64, PTR, I64, I64, I64)
-"""block, activations, bytes from row to row of them, y, bytes from row to row of y, groups, subs"""
+ARGUMENTS = (PTR, I64, PTR, I64, PTR, I64, I64, I64)
+"""first block, bytes between streams, activations, bytes between rows, y, bytes between rows, groups, subs"""
 
 
 def gemv_name(form: Format, tile: int) -> str:
@@ -26,7 +26,11 @@ def gemv_name(form: Format, tile: int) -> str:
 
 
 def emit_gemv(module: Any, isa: Isa, form: Format, tile: int) -> None:
-    """The function `gemv_name(form, tile)`: `tile` rows of activations by one block."""
+    """The function `gemv_name(form, tile)`: `tile` rows of activations by four blocks.
+
+    A single row is bound by memory: its four blocks are read side by side, from four streams. Four rows are
+    bound by computing, which registers serve best one block at a time; two lie between.
+    """
     _Gemv(module, isa, form, tile).emit()
 
 
@@ -35,55 +39,63 @@ class _Gemv:
         self.e = Emitter(module, gemv_name(form, tile), ARGUMENTS)
         self.isa, self.form, self.tile = isa, form, tile
         self.floats, self.words = vector(F32, isa.lanes), vector(I32, isa.lanes)
-        self.parts = range(ROWS // isa.lanes)  # vectors that make 16 rows
-        self.block, first, stride, self.y, self.y_stride, self.groups, self.subs = self.e.function.args
+        self.block, self.stream, first, stride, self.y, self.y_stride, self.groups, self.subs = (
+            self.e.function.args
+        )
         self.rows = [self.e.at(first, self.e.times(stride, m)) for m in range(tile)]
         all_subs = self.e.times(self.groups, self.subs)
         self.scale_at = self.e.times(all_subs, SUB)  # inside an activation row
         self.sum_at = self.e.plus(self.scale_at, self.e.times(all_subs, 4))
         self.total_at = self.e.plus(self.sum_at, self.e.times(all_subs, 4))
+        self.streams = max(1, STREAMS // tile)  # side by side
+        self.parts = range(self.streams * ROWS // isa.lanes)  # vectors that make the rows of the blocks
 
     def emit(self) -> None:
+        e = self.e
+        with e.loop(STREAMS // self.streams) as turn:
+            number = e.times(turn, self.streams)
+            block = e.at(self.block, e.times(number, self.stream))
+            self._blocks(block, e.at(self.y, e.times(number, 4 * ROWS)))
+        e.b.ret_void()
+
+    def _blocks(self, block: Any, y: Any) -> None:
         e, form = self.e, self.form
         count = self.tile * len(self.parts)
         outer, inner = e.variables(self.floats, count), e.variables(self.floats, count)
         sums = e.variables(F32, self.tile)
+        for slot in outer:
+            e.b.store(filled(self.floats, 0.0), slot)
         group_bytes = e.times(self.subs, form.sub_bytes)
-        scales = e.at(self.block, e.times(self.groups, group_bytes))
+        scales = e.at(block, e.times(self.groups, group_bytes))
         offsets = e.at(scales, e.times(self.groups, form.scale_bytes))
         with e.loop(self.groups) as group:
             for slot in inner:
                 e.b.store(filled(self.floats, 0.0), slot)
             for slot in sums:
                 e.b.store(F32(0.0), slot)
-            codes = e.at(self.block, e.times(group, group_bytes))
+            codes = e.at(block, e.times(group, group_bytes))
             with e.loop(self.subs) as sub:
                 number = e.plus(e.times(group, self.subs), sub)
                 self._sub_group(e.at(codes, e.times(sub, form.sub_bytes)), number, inner, sums)
-            self._close_group(
-                e.at(scales, e.times(group, form.scale_bytes)),
-                e.at(offsets, e.times(group, form.offset_bytes)),
-                outer,
-                inner,
-                sums,
-            )
+            scale = e.at(scales, e.times(group, form.scale_bytes))
+            offset = e.at(offsets, e.times(group, form.offset_bytes))
+            self._close_group(scale, offset, outer, inner, sums)
         for m in range(self.tile):
             for part in self.parts:
-                slot = outer[m * len(self.parts) + part]
-                e.store(
-                    e.get(slot, self.floats),
-                    self.y,
-                    e.times(self.y_stride, m),
-                    4 * self.isa.lanes * part,
-                    align=4,
-                )
-        e.b.ret_void()
+                value = e.get(outer[m * len(self.parts) + part], self.floats)
+                e.store(value, y, e.times(self.y_stride, m), 4 * self.isa.lanes * part, align=4)
+
+    def _place(self, base: Any, part: int, lane_bytes: int) -> Any:
+        """Where a vector's lanes begin, in the stream of its block."""
+        stream, within = divmod(part * self.isa.lanes, ROWS)
+        return self.e.at(base, self.e.times(self.stream, stream), within * lane_bytes)
 
     def _sub_group(self, codes: Any, number: Any, inner: list[Any], sums: list[Any]) -> None:
         """inner += scale * dot over 32 inputs; sums += scale * sum of the activations."""
         e = self.e
-        for line in range(0, self.form.sub_bytes, 64):
-            e.prefetch(codes, PREFETCH_BYTES + line)
+        for stream in range(self.streams):
+            for line in range(0, self.form.sub_bytes, 64):
+                e.prefetch(codes, e.times(self.stream, stream), PREFETCH_BYTES + line)
         at = e.times(number, 4)
         for part in self.parts:
             weights = self._weights(codes, part)
@@ -98,10 +110,8 @@ class _Gemv:
 
     def _weights(self, codes: Any, part: int) -> list[Any]:
         """The eight words of a sub-group for the rows of one vector."""
-        e, width = self.e, 4 * self.isa.lanes
-        stored = [
-            e.load(self.words, codes, 4 * ROWS * i + width * part, align=16) for i in range(self.form.bits)
-        ]
+        e, start = self.e, self._place(codes, part, 4)
+        stored = [e.load(self.words, start, 4 * ROWS * i, align=16) for i in range(self.form.bits)]
         if self.form.bits == 8:
             return stored
         low = filled(self.words, 0x0F0F0F0F)
@@ -140,14 +150,13 @@ class _Gemv:
         """float32 lanes of scales or minimums."""
         e, lanes = self.e, self.isa.lanes
         if not self.form.half:
-            return e.load(self.floats, base, 4 * lanes * part, align=4)
-        return e.floats_of_half(
-            e.load(vector(I16, lanes), base, 2 * lanes * part, align=2), self.isa is not PLAIN
-        )
+            return e.load(self.floats, self._place(base, part, 4), align=4)
+        bits = e.load(vector(I16, lanes), self._place(base, part, 2), align=2)
+        return e.floats_of_half(bits, self.isa is not PLAIN)
 
     def _negative_zero_point(self, base: Any, part: int) -> Any:
         """-zero; codes of 8 bits are stored 128 lower, and so is their zero."""
-        e, lanes = self.e, self.isa.lanes
-        zero = e.b.zext(e.load(vector(I8, lanes), base, lanes * part), self.words)
+        e = self.e
+        zero = e.b.zext(e.load(vector(I8, self.isa.lanes), self._place(base, part, 1)), self.words)
         lowered = e.b.sub(filled(self.words, 128 if self.form.bits == 8 else 0), zero)
         return e.b.sitofp(lowered, self.floats)

@@ -8,7 +8,10 @@ more whole sub-groups. Per block, in this order:
     scales   groups x 16 rows, IEEE half where that is exact, else float32
     offsets  groups x 16 rows: integer zeros (uint8), or real minimums in the type of the scales
 
-The same for every instruction set, so a packed weight can be checked anywhere.
+Four blocks are read side by side, each from a stream of its own: block b of a weight is number b // 4 in
+stream b % 4, and the streams of the arena lie far apart. One core of Zen 3 read 12 GB/s from one stream and
+15.5 from four, where a plain sum of the same memory reached 16. The layout is the same for every instruction
+set, so a packed weight can be checked anywhere.
 """
 
 from __future__ import annotations
@@ -17,6 +20,12 @@ from dataclasses import dataclass
 
 ROWS = 16  # outputs of a block
 SUB = 32  # inputs of a sub-group
+STREAMS = 4  # blocks read side by side
+ALIGN = 64  # bytes; a block starts on a cache line
+
+
+def aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Format:
         return self.scale_bytes if self.minimum else ROWS
 
     def block_bytes(self, groups: int, subs: int) -> int:
-        return groups * (subs * self.sub_bytes + self.scale_bytes + self.offset_bytes)
+        return aligned(groups * (subs * self.sub_bytes + self.scale_bytes + self.offset_bytes))
 
 
 FORMATS = tuple(Format(b, h, m) for b in (4, 8) for h in (True, False) for m in (False, True))

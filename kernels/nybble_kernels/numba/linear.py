@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from nybble_kernels.numba.frame import FIRST, LOGITS, LOGITS_STRIDE
 from nybble_kernels.numba.jit import inline
-from nybble_kernels.numba.layout import ROWS
-from nybble_kernels.numba.memory import call_kernel, get_f32, get_i64, set_f32
+from nybble_kernels.numba.layout import ROWS, STREAMS
+from nybble_kernels.numba.memory import call_dequantize, call_gemv, get_f32, get_i64, set_f32
+
+FOUR = ROWS * STREAMS  # outputs that one call of a kernel makes
 
 
 @inline
@@ -21,47 +23,48 @@ def finish(tile: int, y: int, count: int, bias: int, residual: int) -> None:
 
 
 @inline
+def address_of(weights: int, block_bytes: int, stream: int, block: int) -> int:
+    """Where a block lies: four at a time, each in its own stream."""
+    return weights + block // STREAMS * block_bytes + block % STREAMS * stream
+
+
+@inline
 def gemv(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -> None:
-    """Blocks [low, high) for every row. Arguments: weights, bytes of a block, kernels for 4, 2 and 1 rows,
-    x, bytes between rows, y (0: the logits), bytes between rows, outputs, bias or 0, residual, groups, subs.
+    """Fours of blocks [low, high) for every row. Arguments: weights, bytes of a block, bytes between streams,
+    kernels for 4, 2 and 1 rows, x, bytes between rows, y (0: the logits), bytes between rows, outputs, bias
+    or 0, residual, groups, subs.
     """
-    block_bytes = get_i64(op, FIRST + 1)
-    x_stride, y, y_stride = get_i64(op, FIRST + 6), get_i64(op, FIRST + 7), get_i64(op, FIRST + 8)
+    stream, x, x_stride = get_i64(op, FIRST + 2), get_i64(op, FIRST + 6), get_i64(op, FIRST + 7)
+    y, y_stride = get_i64(op, FIRST + 8), get_i64(op, FIRST + 9)
     if y == 0:
         y, y_stride = get_i64(frame, LOGITS), get_i64(frame, LOGITS_STRIDE)
-    outputs, bias, residual = get_i64(op, FIRST + 9), get_i64(op, FIRST + 10), get_i64(op, FIRST + 11)
-    groups, subs = get_i64(op, FIRST + 12), get_i64(op, FIRST + 13)
-    for block in range(low, high):
-        weights = get_i64(op, FIRST) + block * block_bytes
-        count = min(ROWS, outputs - ROWS * block)
+    outputs, bias, residual = get_i64(op, FIRST + 10), get_i64(op, FIRST + 11), get_i64(op, FIRST + 12)
+    groups, subs = get_i64(op, FIRST + 13), get_i64(op, FIRST + 14)
+    for four in range(low, high):
+        weights = get_i64(op, FIRST) + four * get_i64(op, FIRST + 1)
+        start = FOUR * four
+        count = min(FOUR, outputs - start)
         row = 0
         while row < rows:
             left = rows - row
             step = 4 if left >= 4 else 2 if left >= 2 else 1
-            kernel = get_i64(op, FIRST + (2 if step == 4 else 3 if step == 2 else 4))
-            x = get_i64(op, FIRST + 5) + row * x_stride
-            call_kernel(kernel, weights, x, x_stride, scratch, 4 * ROWS, groups, subs)
+            kernel = get_i64(op, FIRST + (3 if step == 4 else 4 if step == 2 else 5))
+            call_gemv(kernel, weights, stream, x + row * x_stride, x_stride, scratch, 4 * FOUR, groups, subs)
             for m in range(step):
-                target = y + (row + m) * y_stride + 4 * ROWS * block
-                finish(
-                    scratch + 4 * ROWS * m,
-                    target,
-                    count,
-                    bias + 4 * ROWS * block if bias != 0 else 0,
-                    residual,
-                )
+                target = y + (row + m) * y_stride + 4 * start
+                finish(scratch + 4 * FOUR * m, target, count, bias + 4 * start if bias != 0 else 0, residual)
             row += step
 
 
 @inline
 def dequantize(op: int, low: int, high: int) -> None:
-    """Blocks [low, high). Arguments: weights, bytes of a block, kernel, out, bytes between rows, outputs,
-    groups, subs.
+    """Blocks [low, high). Arguments: weights, bytes of a block, bytes between streams, kernel, out, bytes
+    between rows, outputs, groups, subs.
     """
-    stride, outputs = get_i64(op, FIRST + 4), get_i64(op, FIRST + 5)
+    stride, outputs = get_i64(op, FIRST + 5), get_i64(op, FIRST + 6)
     for block in range(low, high):
-        weights = get_i64(op, FIRST) + block * get_i64(op, FIRST + 1)
-        out = get_i64(op, FIRST + 3) + ROWS * block * stride
+        weights = address_of(get_i64(op, FIRST), get_i64(op, FIRST + 1), get_i64(op, FIRST + 2), block)
+        out = get_i64(op, FIRST + 4) + ROWS * block * stride
         count = min(ROWS, outputs - ROWS * block)
-        kernel, groups, subs = get_i64(op, FIRST + 2), get_i64(op, FIRST + 6), get_i64(op, FIRST + 7)
-        call_kernel(kernel, weights, out, stride, 0, count, groups, subs)
+        kernel, groups, subs = get_i64(op, FIRST + 3), get_i64(op, FIRST + 7), get_i64(op, FIRST + 8)
+        call_dequantize(kernel, weights, out, stride, 0, count, groups, subs)

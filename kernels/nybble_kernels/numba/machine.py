@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from nybble_kernels.numba.dequantize import emit_dequantize
 from nybble_kernels.numba.gemv import emit_gemv
 from nybble_kernels.numba.gemv_float import emit_float
 from nybble_kernels.numba.isa import Isa
-from nybble_kernels.numba.layout import FORMATS, TILES
+from nybble_kernels.numba.layout import FORMATS, TILES, Format
 from nybble_kernels.numba.quantize_kernel import emit_quantize
 
 
-def build_module(isa: Isa) -> str:
-    """The LLVM IR of every block kernel for one instruction set."""
+def build_module(isa: Isa, forms: Sequence[Format] = FORMATS) -> str:
+    """The LLVM IR of every kernel for one instruction set."""
     module = ir.Module(f"nybble_{isa.name}")
-    for form in FORMATS:
+    for form in forms:
         for tile in TILES:
             emit_gemv(module, isa, form, tile)
         emit_dequantize(module, isa, form)
@@ -71,10 +72,10 @@ def optimise(text: str, machine: Any) -> Any:
     return module
 
 
-def assembly(isa: Isa, target: Target) -> str:
+def assembly(isa: Isa, target: Target, forms: Sequence[Format] = FORMATS) -> str:
     """What the kernels become on another processor, as text."""
     machine = target.machine()
-    return str(machine.emit_assembly(optimise(build_module(isa), machine)))
+    return str(machine.emit_assembly(optimise(build_module(isa, forms), machine)))
 
 
 class Kernels:

@@ -139,23 +139,6 @@ def _relax(typing: Any) -> Any:
 relax = cast(Callable[[], None], intrinsic(_relax))
 
 
-def _prefetch(typing: Any, address: Any) -> Any:
-    """Ask for the cache line at an address, which need not be valid."""
-
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        name, kinds = "llvm.prefetch.p0", [ir.PointerType(), _I32, _I32, _I32]
-        function = builder.module.globals.get(name)
-        if function is None:
-            function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
-        builder.call(function, [builder.inttoptr(args[0], ir.PointerType()), _I32(0), _I32(3), _I32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), code
-
-
-prefetch = cast(Callable[[int], None], intrinsic(_prefetch))
-
-
 def _caller(arguments: int, returned: Any, result: Any) -> Callable[..., Any]:
     """Call the C function at an address with int64 arguments."""
 
@@ -182,11 +165,18 @@ def _caller(arguments: int, returned: Any, result: Any) -> Callable[..., Any]:
     ) -> Any:
         return result(*[types.int64] * 9), generate
 
-    return cast(Callable[..., Any], intrinsic({0: none, 1: one, 3: three, 7: seven, 8: eight}[arguments]))
+    def nine(
+        typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any
+    ) -> Any:
+        return result(*[types.int64] * 10), generate
+
+    shapes = {0: none, 1: one, 3: three, 7: seven, 8: eight, 9: nine}
+    return cast(Callable[..., Any], intrinsic(shapes[arguments]))
 
 
 call_libc0 = _caller(0, _I32, types.int32)
 call_libc1 = _caller(1, _I32, types.int32)
-call_kernel = _caller(7, ir.VoidType(), types.void)
+call_dequantize = _caller(7, ir.VoidType(), types.void)
 call_quantize = _caller(3, ir.VoidType(), types.void)
-call_pages = _caller(8, ir.VoidType(), types.void)
+call_gemv = _caller(8, ir.VoidType(), types.void)
+call_pages = _caller(9, ir.VoidType(), types.void)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from nybble_kernels.numba.layout import ROWS, SUB, Format
 from nybble_kernels.quantized import QuantizedTensor
@@ -20,8 +21,9 @@ from nybble_kernels.quantized import QuantizedTensor
 class Packed:
     """A quantized weight [outputs, inputs] in blocks of 16 rows; the last one is filled up with zero scales.
 
-    data: uint8, `blocks * form.block_bytes(groups, subs)` · columns: int32 [groups * subs * 32], or None when
-    packed columns are the inputs in order · the rest: what the tensor was.
+    data: uint8 [blocks, form.block_bytes(groups, subs)], or [blocks / 4, 4, bytes] once in an arena ·
+    columns: int32 [groups * subs * 32], or None when packed columns are the inputs in order · the rest: what
+    the tensor was.
     """
 
     data: Tensor
@@ -57,7 +59,8 @@ def pack(weight: QuantizedTensor) -> Packed:
     codes = _spread(weight.codes, places)
     blocks = -(-weight.out_features // ROWS)
     parts = (_pack_codes(codes, form, blocks), *_pack_groups(weight, form, blocks))
-    data = torch.cat([p.reshape(blocks, -1) for p in parts], dim=1).reshape(-1)
+    data = torch.cat([p.reshape(blocks, -1) for p in parts], dim=1)
+    data = F.pad(data, (0, form.block_bytes(groups, subs) - data.shape[1]))
     return Packed(
         data,
         form,
@@ -75,9 +78,9 @@ def pack(weight: QuantizedTensor) -> Packed:
 def unpack(packed: Packed) -> QuantizedTensor:
     """What was packed."""
     form, rows = packed.form, packed.outputs
-    data = packed.data.reshape(packed.blocks, form.block_bytes(packed.groups, packed.subs))
-    ends = [packed.groups * packed.subs * form.sub_bytes, packed.groups * form.scale_bytes]
-    codes, scales, offsets = torch.split(data, [*ends, packed.groups * form.offset_bytes], dim=1)
+    data = packed.data.reshape(-1, form.block_bytes(packed.groups, packed.subs))[: packed.blocks]
+    sizes = [packed.groups * n for n in (packed.subs * form.sub_bytes, form.scale_bytes, form.offset_bytes)]
+    codes, scales, offsets, _ = torch.split(data, [*sizes, data.shape[1] - sum(sizes)], dim=1)
     spread = _unpack_codes(codes.contiguous(), form, packed)[:rows]
     group = min(packed.group_size, packed.inputs)
     places = _places(packed.inputs, group, packed.subs)

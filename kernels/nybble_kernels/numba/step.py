@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nybble_kernels.numba.activation import activate
-from nybble_kernels.numba.attention import attend
+from nybble_kernels.numba.attention import attend, merge
 from nybble_kernels.numba.embed import embed
 from nybble_kernels.numba.frame import (
     CHUNK,
@@ -55,6 +55,8 @@ def execute(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -
         attend(op, frame, scratch, low, high)
     elif code == 6:
         activate(op, low, high)
+    elif code == 8:
+        merge(op, low, high)
     elif code == 0:
         embed(op, frame, low, high)
     else:

@@ -8,13 +8,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from nybble_kernels.numba.arena import ALIGN, Arena
+from nybble_kernels.numba.arena import Arena
 from nybble_kernels.numba.dequantize import dequantize_name
 from nybble_kernels.numba.frame import Code, record
 from nybble_kernels.numba.gemv import gemv_name
 from nybble_kernels.numba.gemv_float import float_name
-from nybble_kernels.numba.layout import ROWS, SUB, TILES, activation_bytes
+from nybble_kernels.numba.layout import ROWS, STREAMS, SUB, TILES, Format, activation_bytes, aligned
 from nybble_kernels.numba.machine import Kernels
 from nybble_kernels.numba.packing import Packed, pack, unpack
 from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
@@ -79,23 +80,18 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.packed.data.nbytes
-
-    @property
-    def block_bytes(self) -> int:
-        return self.packed.form.block_bytes(self.packed.groups, self.packed.subs)
+        return self.packed.data.numel()
 
     def gemv_record(self, kernels: Kernels, place: Sequence[int]) -> list[int]:
         addresses = [kernels[gemv_name(self.packed.form, tile)] for tile in TILES]
-        sizes = self.packed.groups, self.packed.subs
-        return _gemv(self.packed.data, self.block_bytes, addresses, place, self.outputs, sizes)
+        return _gemv(self.packed.data, addresses, place, self.outputs, (self.packed.groups, self.packed.subs))
 
     def dequantize_record(self, kernels: Kernels, out: int, stride: int) -> list[int] | None:
         if self.columns is not None:
             return None
         kernel = kernels[dequantize_name(self.packed.form)]
         start, sizes = self.packed.data.data_ptr(), (self.packed.groups, self.packed.subs)
-        arguments = (start, self.block_bytes, kernel, out, stride, self.outputs, *sizes)
+        arguments = (start, *places(self.packed.data), kernel, out, stride, self.outputs, *sizes)
         return record(Code.DEQUANTIZE, *arguments, fixed=self.packed.blocks, chunk=4)
 
     def dequantize_slowly(self) -> Tensor:
@@ -104,7 +100,7 @@ class QuantizedWeight:
 
 @dataclass(frozen=True, eq=False)
 class FloatWeight:
-    """bfloat16 [blocks, inputs, 16 rows]."""
+    """data: uint8 [blocks / 4, 4, bytes]; a block is bfloat16 [inputs, 16 rows]."""
 
     data: Tensor
     outputs: int
@@ -118,17 +114,23 @@ class FloatWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return self.data.numel()
 
     def gemv_record(self, kernels: Kernels, place: Sequence[int]) -> list[int]:
         addresses = [kernels[float_name(tile)] for tile in TILES]
-        return _gemv(self.data, 2 * ROWS * self.inputs, addresses, place, self.outputs, (self.inputs, 1))
+        return _gemv(self.data, addresses, place, self.outputs, (self.inputs, 1))
 
     def dequantize_record(self, kernels: Kernels, out: int, stride: int) -> list[int] | None:
         return None
 
     def dequantize_slowly(self) -> Tensor:
-        return self.data.transpose(1, 2).reshape(-1, self.inputs)[: self.outputs].float()
+        blocks = self.data.flatten(0, 1)[:, : 2 * ROWS * self.inputs].contiguous().view(torch.bfloat16)
+        return (
+            blocks.view(-1, self.inputs, ROWS)
+            .transpose(1, 2)
+            .reshape(-1, self.inputs)[: self.outputs]
+            .float()
+        )
 
 
 def hold(weight: Weight, arena: Arena) -> QuantizedWeight | FloatWeight:
@@ -137,40 +139,46 @@ def hold(weight: Weight, arena: Arena) -> QuantizedWeight | FloatWeight:
         packed = pack(weight)
         return QuantizedWeight(replace(packed, data=arena.hold(packed.data)))
     outputs, inputs = weight.shape
-    blocks = -(-outputs // ROWS)
+    blocks, size = -(-outputs // ROWS), aligned(2 * ROWS * inputs)
     rows = torch.zeros(blocks * ROWS, inputs, dtype=torch.bfloat16)
     rows[:outputs] = weight
-    return FloatWeight(arena.hold(rows.view(blocks, ROWS, inputs).transpose(1, 2)), outputs, inputs)
+    columns = rows.view(blocks, ROWS, inputs).transpose(1, 2).flatten(1).view(torch.uint8)
+    return FloatWeight(arena.hold(F.pad(columns, (0, size - columns.shape[1]))), outputs, inputs)
 
 
 def packed_bound(weight: Weight) -> int:
     """At most this many bytes of arena."""
     outputs, inputs = shape_of(weight)
-    rows = -(-outputs // ROWS) * ROWS
+    blocks = -(-outputs // (ROWS * STREAMS)) * STREAMS
     if not isinstance(weight, QuantizedTensor):
-        return rows * inputs * 2 + ALIGN
+        return blocks * aligned(2 * ROWS * inputs)
     groups = weight.scales.shape[1]
     subs = -(-min(weight.group_size, inputs) // SUB)
-    return rows * groups * (subs * SUB * (4 if weight.bits <= 4 else 8) // 8 + 8) + ALIGN
+    widest = Format(4 if weight.bits <= 4 else 8, half=False, minimum=True)
+    return blocks * widest.block_bytes(groups, subs)
 
 
 def activation_stride(width: int) -> int:
-    return -(-activation_bytes(width) // ALIGN) * ALIGN
+    return aligned(activation_bytes(width))
+
+
+def places(data: Tensor) -> tuple[int, int]:
+    """Bytes from block to block of a stream, and from stream to stream."""
+    return data.stride(0), data.stride(1)
 
 
 def _gemv(
     data: Tensor,
-    block_bytes: int,
     kernels: Sequence[int],
     place: Sequence[int],
     outputs: int,
     sizes: tuple[int, int],
 ) -> list[int]:
     x, x_stride, y, y_stride, bias, residual = place
-    blocks = -(-outputs // ROWS)
+    fours = data.shape[0]
     arguments = (
         data.data_ptr(),
-        block_bytes,
+        *places(data),
         *kernels,
         x,
         x_stride,
@@ -181,9 +189,9 @@ def _gemv(
         residual,
         *sizes,
     )
-    return record(Code.GEMV, *arguments, fixed=blocks, chunk=chunk_of(blocks))
+    return record(Code.GEMV, *arguments, fixed=fours, chunk=chunk_of(fours))
 
 
-def chunk_of(blocks: int) -> int:
-    """Blocks a thread takes at a time: an eighth of the op, so that a late thread costs little."""
-    return max(1, min(blocks // 8, 64))
+def chunk_of(fours: int) -> int:
+    """Fours of blocks a thread takes at a time: an eighth of the op, so that a late thread costs little."""
+    return max(1, min(fours // 8, 16))
