@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +17,9 @@ from nybble_models.paged import ROWS, PagedCache
 from nybble_models.rotary import rotary_table
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Weights
+
+Ints = NDArray[np.int32] | Tensor
+Floats = NDArray[np.float32] | Tensor
 
 FUSED = {("q", "k", "v"): "qkv", ("gate", "up"): "gate_up"}
 
@@ -32,7 +37,7 @@ class Step(Protocol):
 
     weight_bytes_per_step: dict[str, int]
 
-    def step(self, tokens: Tensor, positions: Tensor, tables: Tensor, logits: Tensor) -> None:
+    def step(self, tokens: Ints, positions: Ints, tables: Ints, logits: Floats) -> None:
         """int32 [B], int32 [B], int32 [B, blocks] -> float32 [B, V], written in place."""
         ...
 

@@ -13,7 +13,7 @@ from nybble_kernels.quantized import Weight, dense
 from nybble_kernels.torch_cpu import PackedLinear
 from nybble_models.decoder import Decoder
 from nybble_models.paged import PagedCache
-from nybble_models.prefill import FUSED, Packed
+from nybble_models.prefill import FUSED, Floats, Ints, Packed
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Weights, fuse
 
@@ -84,18 +84,19 @@ class TorchStep(Decoder):
         """The same step with every weight dequantized to float32: slow, and obviously right."""
         return cls(spec, weights, kv, head, lambda weight: torch_cpu.FloatLinear(dense(weight)))
 
-    def step(self, tokens: Tensor, positions: Tensor, tables: Tensor, logits: Tensor) -> None:
-        places = positions.long()
-        x = self.embedding(tokens.long())
+    @torch.inference_mode()
+    def step(self, tokens: Ints, positions: Ints, tables: Ints, logits: Floats) -> None:
+        places = torch.as_tensor(positions).long()
+        x = self.embedding(torch.as_tensor(tokens).long())
         if self.weights.positions is not None:
             x = x + self.weights.positions[places + self.spec.position_offset].float()
         cos, sin = self.table
         if cos is not None and sin is not None:
             self.cos, self.sin = cos[places], sin[places]
-        cache = BatchCache(self.spec, self.kv, positions.tolist(), tables)
+        cache = BatchCache(self.spec, self.kv, places.tolist(), torch.as_tensor(tables))
         for layer in range(self.spec.num_layers):
             x = self.block(layer, x, cache)
-        logits.copy_(self.head(self.norm(self.weights.final_norm, x)))
+        torch.as_tensor(logits).copy_(self.head(self.norm(self.weights.final_norm, x)))
 
     def project(self, block: Block, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
         key = tuple(names)

@@ -12,7 +12,7 @@ import nybble
 from nybble.config import ServeConfig
 from nybble.engine.protocol import Progress
 from nybble_models.checkpoint import read_json
-from nybble_models.hub import fetch
+from nybble_models.hub import fetch, name_of
 
 
 def prepare(config: ServeConfig, progress: Progress) -> Path:
@@ -20,7 +20,7 @@ def prepare(config: ServeConfig, progress: Progress) -> Path:
     source = fetch(config.model, config.cache_path, lambda text: progress(text, 0.0))
     if source.is_dir() and (quantized(source) or config.quantization == "none"):
         return source
-    target = config.cache_path / "models" / f"{_stem(source)}-{_label(config)}-{_key(source, config)}"
+    target = config.cache_path / "models" / f"{name_of(config.model)}-{_label(config)}-{_key(source, config)}"
     if not target.exists():
         _quantize(source, target, config, progress)
     return target
@@ -49,10 +49,6 @@ def _quantize(source: Path, target: Path, config: ServeConfig, progress: Progres
         calibration=config.calibration,
         progress=lambda event: progress(f"quantize: {event.stage}", event.done / max(event.total, 1)),
     )
-
-
-def _stem(source: Path) -> str:
-    return source.stem if source.suffix == ".gguf" else source.name
 
 
 def _label(config: ServeConfig) -> str:

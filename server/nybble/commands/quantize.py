@@ -31,7 +31,7 @@ def quantize(
     calibration: Annotated[
         str | None, Parameter(help=".txt or .jsonl; else text of the model itself")
     ] = None,
-    samples: Annotated[int, Parameter(help="windows of text to calibrate on")] = 32,
+    samples: Annotated[int, Parameter(help="windows of text to calibrate on")] = 16,
     length: Annotated[int, Parameter(help="tokens in a window")] = 256,
     skip: Annotated[
         tuple[str, ...], Parameter(help="linears to leave at 16 bits, as *.down_proj", negative=())

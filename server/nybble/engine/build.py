@@ -65,7 +65,7 @@ def build_engine(config: ServeConfig, progress: Progress) -> Engine:
     planned = _plan(config, loader)
     weights = timer("load", lambda: loader.load(lambda part: progress("load", part)))
     kv = paged.allocate(loader.spec, planned.kv_tokens // config.block_size, config.block_size)
-    head = head_of(weights, config.head_bits)
+    head = head_of(weights, config)
     kernels, step = timer("pack", lambda: make_step(config, loader.spec, weights, kv, head, threads))
     if isinstance(head, QuantizedTensor) and weights.head is not None:
         weights.head.weight = head
@@ -122,8 +122,9 @@ def _plan(config: ServeConfig, loader: Loader) -> MemoryPlan:
         ) from None
 
 
-def head_of(weights: Weights, bits: int) -> Weight:
-    """The output matrix as it will be kept: int8 in groups of 32, or as stored."""
+def head_of(weights: Weights, config: ServeConfig) -> Weight:
+    """The output matrix as kept: int8 in groups of 32 (PyTorch's op takes whole rows), or as stored."""
+    bits = config.head_bits
     stored = weights.embed if weights.head is None else weights.head.weight
     if bits == 16 or isinstance(stored, QuantizedTensor):
         return stored
@@ -131,7 +132,7 @@ def head_of(weights: Weights, bits: int) -> Weight:
         raise UsageError(
             f"head_bits: {bits} is not supported", hint="8 or 16; a 4-bit head costs too much quality"
         )
-    grouped = stored.shape[1] % HEAD_GROUP == 0
+    grouped = stored.shape[1] % HEAD_GROUP == 0 and config.kernels != "torch"
     return quantize_rows(stored, HEAD_GROUP if grouped else None)
 
 

@@ -23,10 +23,10 @@ class CpuRunner:
         self._prefill = prefill
         self._weight_bytes = dict(weight_bytes)
         self._fixed_bytes = sum(step.weight_bytes_per_step.values())
-        self._tokens = torch.zeros(max_batch, dtype=torch.int32)
-        self._positions = torch.zeros(max_batch, dtype=torch.int32)
-        self._tables = torch.zeros(max_batch, kv.shape[1], dtype=torch.int32)
-        self._logits = torch.empty(max_batch, spec.vocab_size)
+        self._tokens = np.zeros(max_batch, dtype=np.int32)
+        self._positions = np.zeros(max_batch, dtype=np.int32)
+        self._tables = np.zeros((max_batch, kv.shape[1]), dtype=np.int32)
+        self._logits = np.empty((max_batch, spec.vocab_size), dtype=np.float32)
 
     def prefill(self, tokens: Sequence[int], start: int, table: Table) -> None:
         with torch.inference_mode():
@@ -42,16 +42,14 @@ class CpuRunner:
     def decode(
         self, tokens: Sequence[int], positions: Sequence[int], tables: Sequence[Table]
     ) -> NDArray[np.float32]:
-        rows = len(tokens)
-        self._tokens[:rows] = torch.tensor(tokens, dtype=torch.int32)
-        self._positions[:rows] = torch.tensor(positions, dtype=torch.int32)
+        """NumPy only: a PyTorch op would hand the interpreter to the event loop and wait for it."""
+        rows, width = len(tokens), max(map(len, tables))
+        self._tokens[:rows] = tokens
+        self._positions[:rows] = positions
         for row, table in enumerate(tables):
-            self._tables[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
-        with torch.inference_mode():
-            self._step.step(
-                self._tokens[:rows], self._positions[:rows], self._tables[:rows], self._logits[:rows]
-            )
-        logits: NDArray[np.float32] = self._logits[:rows].numpy()
+            self._tables[row, : len(table)] = table
+        logits = self._logits[:rows]
+        self._step.step(self._tokens[:rows], self._positions[:rows], self._tables[:rows, :width], logits)
         return logits
 
     def decode_bytes(self, positions: Sequence[int]) -> int:
