@@ -9,6 +9,9 @@ PYTHON ?= $(shell for each in python3 python3.14 python3.13 python3.12 python3.1
 # pip would compile every module of every package: 2 minutes on 2 cores for what the first import does in 10 s.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --quiet $(PIP_ARGS)
 
+# Packages are installed without bytecode (it takes two minutes) and compiled as they are imported: keep the result.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DELETE_ON_ERROR:
 .PHONY: help install serve test fix bench clean
 
