@@ -109,6 +109,7 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     seen: list[Request] = field(default_factory=list)
     heartbeat_age: float = 0.0
+    alive: bool = True
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -177,6 +178,7 @@ class FakeEngine:
                 decode_seconds=self._generated * 0.01,
                 decode_bytes=self._generated * 5_000_000,
                 used_bytes={"weights": 600, "kv": 400},
+                alive=self.alive,
                 heartbeat=time.monotonic() - self.heartbeat_age,
             )
 

@@ -64,9 +64,11 @@ def test_listens_before_the_model_is_loaded(engine: FakeEngine) -> None:
     assert engine.stopped
 
 
-def test_dead_engine_loop_is_noticed(engine: FakeEngine) -> None:
+@pytest.mark.parametrize("fate", [{"heartbeat_age": 1000.0}, {"alive": False}], ids=["stuck", "gone"])
+def test_dead_engine_loop_is_noticed(engine: FakeEngine, fate: dict[str, float]) -> None:
     with serving(engine) as served:
-        engine.heartbeat_age = 1000
+        for name, value in fate.items():
+            setattr(engine, name, value)
         assert served.client.get("/livez").status_code == 503
         assert served.client.get("/readyz").json()["status"] == "dead"
         assert served.client.get("/v1/models").json()["error"]["code"] == "engine_stopped"

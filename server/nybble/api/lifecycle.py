@@ -72,7 +72,8 @@ class Lifecycle:
         """Whether the engine's loop has stopped turning."""
         if self.loaded is None:
             return False
-        return time.monotonic() - self.loaded.engine.stats().heartbeat > STALLED_AFTER
+        stats = self.loaded.engine.stats()
+        return not stats.alive or time.monotonic() - stats.heartbeat > STALLED_AFTER
 
     def check(self) -> None:
         """Raises unless requests are welcome."""
