@@ -71,7 +71,7 @@ class InProcess:
 
 class OverHttp:
     """A server in a process of its own, and a streaming client that only reads and counts: on two cores
-    a client that parses takes its time from the server (one costs 1 ms a token)."""
+    a client that parses takes its time from the server."""
 
     def __init__(self, url: str) -> None:
         self.host, self.port = url.removeprefix("http://").split(":")

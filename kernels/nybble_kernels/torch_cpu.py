@@ -16,7 +16,7 @@ from nybble_kernels.quantized import QuantizedTensor, Weight
 
 INT4_GROUPS = (32, 64, 128, 256)  # what `_weight_int4pack_mm_for_cpu` takes
 ROW_TILE = 16  # float rows come in whole tiles: for a few rows the BLAS picks another summation order
-SMALL_ROWS = 16  # above, the int4 op loses to dequantize-then-matmul (measured on Zen 3 and Zen 5, 2 cores)
+SMALL_ROWS = 16  # above, the int4 op soon costs more than dequantize-then-matmul
 
 
 class PackedLinear(Protocol):

@@ -60,7 +60,6 @@ class Family:
         ("mlp_norm", ("gate", "up")),
         ("up", ("down",)),
     )
-    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry
 
 
 def _llama(config: Config) -> dict[str, Any]:

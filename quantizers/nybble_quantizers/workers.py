@@ -1,7 +1,7 @@
 """Independent pieces of work side by side, each computed on one thread.
 
 A block's search is thousands of small matrix products. Splitting each over the cores makes every core
-wait for the slowest: with other programs running that was measured at six times the time of one thread.
+wait for the slowest: with other programs running that can take several times as long as one thread.
 Whole candidates side by side do not wait for each other, and what they compute does not depend on how many
 there are.
 """

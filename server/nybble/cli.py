@@ -34,7 +34,7 @@ INTERRUPTED = 130
 
 SPINS = "1000"
 """How often PyTorch's OpenMP threads look for a task before they sleep: a few microseconds. Left alone
-they spin for milliseconds; beside another busy process, on two cores, matrix products took 6.5 x as long."""
+they spin for milliseconds, which stalls every matrix product when another process wants a core."""
 
 
 def build_app() -> App:

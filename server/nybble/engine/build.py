@@ -155,7 +155,7 @@ def make_step(
 
 
 def prefill_dtype(config: ServeConfig) -> torch.dtype:
-    """bfloat16 only where the processor multiplies it: without, it is seven times slower than float32."""
+    """bfloat16 only where the processor multiplies it: without, it is several times slower than float32."""
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     return torch.float32
