@@ -22,8 +22,8 @@ State = Literal["loading", "warming", "ready", "draining", "dead"]
 Build = Callable[[ServeConfig, Progress], EngineProtocol]
 
 STALLED_AFTER = 300.0
-"""Seconds without a turn of the engine's loop until it counts as dead, though its thread is there: a chunk of a
-large model's prompt takes minutes on few cores."""
+"""Seconds without a turn of the engine's loop until it counts as dead, though its thread is there: a chunk of
+a large model's prompt takes minutes on few cores."""
 
 log = logging.getLogger("nybble.api")
 
