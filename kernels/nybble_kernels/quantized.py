@@ -95,6 +95,10 @@ class QuantizedTensor:
         """The linear that makes outputs `[start, stop)` only (a shard, or one partner of a fused weight)."""
         return self._map(_PER_ROW, lambda tensor: tensor[start:stop])
 
+    def select(self, outputs: Tensor) -> QuantizedTensor:
+        """The rows of these outputs, in this order (int64 [M])."""
+        return self._map(_PER_ROW, lambda tensor: tensor[outputs])
+
     def to(self, device: torch.device | str) -> QuantizedTensor:
         return self._map(_TENSORS, lambda tensor: tensor.to(device))
 

@@ -1,0 +1,1 @@
+"""Triton kernels: one op a file, its reference in `nybble_kernels.reference`."""

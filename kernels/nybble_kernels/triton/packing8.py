@@ -1,0 +1,63 @@
+"""Weights of one byte as `linear_w8a8` reads them: rows side by side, a scale a row, padded with zeros."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nybble_kernels.quantized import QuantizedTensor
+from nybble_kernels.triton.packing import ROW_TILE, UnsupportedLayout
+
+WIDTH = 128  # inputs are padded to whole multiples
+
+
+@dataclass(frozen=True, eq=False)
+class Packed8:
+    """W[n, k] = scales[n] · values[n, k], on a device.
+
+    values: int8 or float8_e4m3fn [rows, width], or the bits of the latter as uint8 for a GPU that does not
+    multiply them · scales: float32 [rows]. rows and width are padded (to 64 and 128), padding is zero.
+    `input_scale`: x is quantized in steps of it; None: by the largest of each row.
+    """
+
+    values: Tensor
+    scales: Tensor
+    outputs: int
+    inputs: int
+    input_scale: float | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+
+def pack8(weight: QuantizedTensor, input_scale: float | None = None) -> Packed8:
+    """Symmetric 8-bit levels with one scale a row; raises `UnsupportedLayout` for any other."""
+    if weight.bits != 8 or not weight.symmetric or weight.group_size < weight.in_features:
+        raise UnsupportedLayout(f"{weight.describe()}: int8 products take symmetric rows of 8 bits")
+    codes = weight.codes
+    if weight.permutation is not None:
+        codes = codes[:, torch.argsort(weight.permutation)]
+    return _padded((codes ^ 0x80).view(torch.int8), weight.scales[:, 0], input_scale)
+
+
+def pack_float8(
+    values: Tensor, scales: Tensor, input_scale: float | None = None, *, multiplies: bool = True
+) -> Packed8:
+    """float8_e4m3fn [N, K] with float scales [N] or []; `multiplies`: whether the GPU takes such factors."""
+    if values.dtype != torch.float8_e4m3fn:
+        raise UnsupportedLayout(f"{values.dtype}: of the 8-bit floats only float8_e4m3fn is read")
+    scales = scales.float().reshape(-1).expand(len(values))
+    packed = _padded(values.view(torch.int8), scales, input_scale)
+    held = torch.float8_e4m3fn if multiplies else torch.uint8
+    return Packed8(packed.values.view(held), packed.scales, *values.shape, input_scale)
+
+
+def _padded(values: Tensor, scales: Tensor, input_scale: float | None) -> Packed8:
+    outputs, inputs = values.shape
+    rows = -outputs % ROW_TILE
+    padded = F.pad(values, (0, -inputs % WIDTH, 0, rows)).contiguous()
+    return Packed8(padded, F.pad(scales.float(), (0, rows)).contiguous(), outputs, inputs, input_scale)
