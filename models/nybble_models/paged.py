@@ -22,8 +22,10 @@ def allocate(spec: ModelSpec, blocks: int, block_size: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.bfloat16)
 
 
-def bytes_per_token(spec: ModelSpec) -> int:
-    return spec.num_layers * 2 * spec.num_kv_heads * spec.head_dim * 2
+def bytes_per_token(spec: ModelSpec, bits: int = 16) -> int:
+    """Keys and values of one position; 8-bit ones have a float32 scale per head."""
+    per_head = spec.head_dim * bits // 8 + (4 if bits < 16 else 0)
+    return spec.num_layers * 2 * spec.num_kv_heads * per_head
 
 
 class PagedCache:

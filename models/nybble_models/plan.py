@@ -59,15 +59,19 @@ def plan(
     block_size: int = 16,
     max_batch_tokens: int = 512,
     memory: int | None = None,
+    kv_bits: int = 16,
+    contexts: int = AUTO_CONTEXTS,
+    cache_bytes: int = AUTO_BYTES,
 ) -> MemoryPlan:
     """Zero means automatic. `memory`: bytes that may be used; the cache shrinks to fit, never below one
-    full-length sequence. Raises `MemoryError` when that is too much."""
+    full-length sequence. An automatic cache holds `contexts` full-length sequences, or `cache_bytes`.
+    Raises `MemoryError` when that is too much."""
     length = min(max_model_len or spec.max_positions, spec.max_positions)
-    per_token = bytes_per_token(spec)
+    per_token = bytes_per_token(spec, kv_bits)
     weights = weight_bytes(spec, linears, head_bits)
     largest = max(math.prod(spec.shape(p)) for p in spec.projections)
     workspace = 4 * (3 * largest + max_batch_tokens * (4 * spec.hidden_size + 3 * spec.intermediate_size))
-    tokens = kv_tokens or max(length, min(AUTO_CONTEXTS * length, AUTO_BYTES // per_token))
+    tokens = kv_tokens or max(length, min(contexts * length, cache_bytes // per_token))
     if memory is not None and not kv_tokens:
         tokens = min(tokens, (memory - weights - workspace) // per_token)
     if not max_model_len:
