@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -18,11 +19,13 @@ from support_tiny import CONFIGS, tiny_spec, tiny_weights
 VOCABULARY = 264  # the byte tokenizer's 260 ids, and some room
 
 
-def write_checkpoint(directory: Path, family: str = "llama", *, group_size: int | None = 32) -> Path:
-    """A servable folder with a byte tokenizer; AWQ unless `group_size` is None."""
+def write_checkpoint(
+    directory: Path, family: str = "llama", *, group_size: int | None = 32, **changes: Any
+) -> Path:
+    """A servable folder with a byte tokenizer; AWQ unless `group_size` is None. `changes` of the config."""
     row = next(f for f in FAMILIES if f.name == family)
-    config = CONFIGS[family] | {"architectures": list(row.architectures), "vocab_size": VOCABULARY}
-    spec = tiny_spec(family, vocab_size=VOCABULARY)
+    config = CONFIGS[family] | {"architectures": list(row.architectures), "vocab_size": VOCABULARY} | changes
+    spec = tiny_spec(family, vocab_size=VOCABULARY, **changes)
     weights = tiny_weights(spec, group_size=group_size)
     codec = AwqCodec()
     stored: dict[str, torch.Tensor] = {f"{row.embed}.weight": weights.embed}

@@ -92,9 +92,14 @@ def info(blocks: int = 64, block_size: int = 4, max_model_len: int = 128) -> Eng
 
 
 def make_engine(
-    blocks: int = 64, block_size: int = 4, *, runner: TokenRunner | None = None, **options: Any
+    blocks: int = 64,
+    block_size: int = 4,
+    *,
+    kind: type[TokenRunner] = TokenRunner,
+    runner: TokenRunner | None = None,
+    **options: Any,
 ) -> Engine:
-    runner = runner or TokenRunner(blocks, block_size)
+    runner = runner or kind(blocks, block_size)
     return Engine(info(blocks, block_size), runner, **options)
 
 
@@ -118,8 +123,8 @@ class Collector:
     def finish(self) -> str | None:
         return self.deltas[-1].finish if self.deltas else None
 
-    def wait(self) -> Collector:
-        assert self.done.wait(20), "no finish within 20 s"
+    def wait(self, seconds: float = 20) -> Collector:
+        assert self.done.wait(seconds), f"no finish within {seconds} s"
         return self
 
 

@@ -26,6 +26,7 @@ VERBS = {
     "bench": "Measure any OpenAI-compatible server: first token, token to token, tokens per second.",
     "chat": "Chat with a running server in the terminal.",
     "inspect": "Say what a model folder or file is: method, bits, sizes, memory needed.",
+    "tune": "Measure how this GPU cuts a model's products best, and keep it for serve.",
     "health": "Exit 0 if a server is ready, 1 if not.",
     "version": "Print the versions of nybble and of what it runs on.",
 }

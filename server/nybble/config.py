@@ -88,6 +88,12 @@ class ServeConfig:
     kv_cache_tokens: int = _setting(
         "Engine", 0, "tokens the KV cache holds; 0 takes what memory allows", low=0
     )
+    kv_cache_dtype: str = _setting(
+        "Engine",
+        "auto",
+        "type of cached keys and values; a GPU takes the 8-bit ones too",
+        choices=("auto", "bfloat16", "float16", "int8", "fp8"),
+    )
     block_size: int = _setting("Engine", 16, "tokens in a KV block", low=1, high=1024)
     max_model_len: int = _setting("Engine", 0, "longest prompt plus answer; 0 takes the model's own", low=0)
     max_num_seqs: int = _setting("Engine", 32, "sequences that run together", low=1, high=4096)

@@ -70,6 +70,12 @@ def test_a_seed_and_a_position_decide_the_draw() -> None:
     assert len(set(one)) > 1
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1])
+def test_every_bit_of_a_seed_counts(seed: int) -> None:
+    draws = [[sampler(seed=s).sample(LOGITS, i) for i in range(50)] for s in (seed, seed ^ 1)]
+    assert draws[0] != draws[1]
+
+
 def test_temperature_flattens_and_sharpens() -> None:
     assert drawn(2000, temperature=3.0)[4] > drawn(2000)[4] > drawn(2000, temperature=0.3)[4]
 

@@ -6,16 +6,15 @@ import atexit
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Sequence as Seq
+from collections import deque
 
-import numpy as np
-from numpy.typing import NDArray
-
+from nybble.engine.answers import Answers
 from nybble.engine.block_pool import BlockPool
-from nybble.engine.request import Delta, FinishReason, Request, Sink, TokenLogprob
-from nybble.engine.runner import Runner
-from nybble.engine.sampler import NanLogits, Sampler, logprob
+from nybble.engine.decoder import Decoder, HostDecoder
+from nybble.engine.pipeline import PipelinedDecoder
+from nybble.engine.request import Delta, Request, Sink
+from nybble.engine.runner import Runner, SamplingRunner
+from nybble.engine.sampler import logprob
 from nybble.engine.scheduler import Chunk, Scheduler
 from nybble.engine.sequence import Sequence
 from nybble.engine.stats import EngineInfo, EngineStats
@@ -54,13 +53,17 @@ class Engine:
         self._queued = 0  # sequences in the inbox
         self._wake = threading.Condition()
         self._stopping = False
-        self._sequences: dict[str, Sequence] = {}
-        self._samplers: dict[str, Sampler] = {}
-        self._counters: Counter[str] = Counter()
-        self._finished: Counter[str] = Counter()
-        self._decode_seconds = 0.0
+        self._answers = Answers(self._scheduler, self._wake)
+        self._counters = self._answers.counters
+        self._decoder = self._make_decoder(runner)
         self._heartbeat = time.monotonic()
         self._thread = threading.Thread(target=self._loop, name="nybble-engine", daemon=True)
+
+    def _make_decoder(self, runner: Runner) -> Decoder:
+        parts = self._scheduler, self._answers, self._wake
+        if isinstance(runner, SamplingRunner):
+            return PipelinedDecoder(runner, *parts)
+        return HostDecoder(runner, *parts)
 
     def start(self) -> None:
         self._thread.start()
@@ -102,7 +105,7 @@ class Engine:
         atexit.unregister(self.stop)
 
     def stats(self) -> EngineStats:
-        scheduler, pool, count = self._scheduler, self._pool, self._counters
+        scheduler, pool, count, decode = self._scheduler, self._pool, self._counters, self._decoder.meter
         with self._wake:  # the loop changes the pool only while it holds this lock
             return EngineStats(
                 running=len(scheduler.running),
@@ -116,12 +119,12 @@ class Engine:
                 preemptions=scheduler.preemptions,
                 prompt_tokens=count["prompt_tokens"],
                 generation_tokens=count["generation_tokens"],
-                requests_finished=dict(self._finished),
+                requests_finished=dict(self._answers.finished),
                 steps=count["steps"],
                 step_tokens=count["step_tokens"],
-                decode_steps=count["decode_steps"],
-                decode_seconds=self._decode_seconds,
-                decode_bytes=count["decode_bytes"],
+                decode_steps=decode.steps,
+                decode_seconds=decode.seconds,
+                decode_bytes=decode.bytes,
                 nan_logits=count["nan_logits"],
                 used_bytes=dict(self._runner.used_bytes()),
                 alive=self._thread.is_alive() and not self._stopping,
@@ -136,8 +139,9 @@ class Engine:
             log.exception("the engine loop failed")
         finally:
             self._stopping = True
-            for sequence in list(self._sequences.values()):
-                self._finish(sequence, "abort")
+            for sequence in list(self._answers.sequences.values()):
+                self._answers.finish(sequence, "abort")
+            self._decoder.close()
             with self._wake:
                 pending = [s for s in self._inbox if isinstance(s, Sequence)]
                 self._inbox.clear()
@@ -146,8 +150,11 @@ class Engine:
 
     def step(self) -> None:
         """One turn: take what came in, move every decoding sequence by a token, then prompts by a chunk."""
+        self._heartbeat = time.monotonic()
+        if self._idle and self._decoder.idle():
+            return
         with self._wake:
-            if not self._inbox and not self._sequences and not self._stopping:
+            if self._idle:
                 self._wake.wait(IDLE_SECONDS)
             self._heartbeat = time.monotonic()
             arrived, self._queued = list(self._inbox), 0
@@ -155,29 +162,26 @@ class Engine:
             for item in arrived:
                 self._take(item)
             plan = self._scheduler.plan()
-        if not plan.tokens:
-            return
-        self._counters["steps"] += 1
-        self._counters["step_tokens"] += plan.tokens
-        if plan.decode:
-            self._decode(plan.decode)
+        if plan.tokens:
+            self._counters["steps"] += 1
+            self._counters["step_tokens"] += plan.tokens
+        self._decoder.step(plan.decode)
         for chunk in plan.prefill:
             self._prefill(chunk)
 
+    @property
+    def _idle(self) -> bool:
+        return not (self._inbox or self._answers.sequences or self._decoder.busy or self._stopping)
+
     def _take(self, item: Sequence | str) -> None:
         if isinstance(item, str):
-            sequence = self._sequences.pop(item, None)
+            sequence = self._answers.sequences.get(item)
             if sequence is not None:
-                self._drop(sequence, "abort")
-        elif item.id in self._sequences:
+                self._answers.drop(sequence, "abort")
+        elif item.id in self._answers.sequences:
             item.sink(Delta(time.monotonic(), finish="error", error=f"request id {item.id!r} is in use"))
         else:
-            self._sequences[item.id] = item
-            self._samplers[item.id] = Sampler(
-                item.request.params, item.request.prompt, self.info.eos_token_ids
-            )
-            self._counters["prompt_tokens"] += item.prompt_length
-            self._scheduler.add(item)
+            self._answers.add(item, self.info.eos_token_ids)
 
     def _prefill(self, chunk: Chunk) -> None:
         sequence = chunk.sequence
@@ -188,12 +192,14 @@ class Engine:
             else:
                 self._runner.prefill(tokens, chunk.start, sequence.blocks)
         except Exception as error:
-            self._fail(sequence, error)
+            self._answers.fail(sequence, error)
             return
+        finally:
+            self._decoder.interrupted()
         with self._wake:
             self._scheduler.commit(sequence, chunk.stop)
         if not sequence.prefilling and sequence.request.params.max_tokens == 0:
-            self._finish(sequence, "length")
+            self._answers.finish(sequence, "length")
 
     def _score(self, sequence: Sequence, tokens: list[int], start: int) -> None:
         logits = self._runner.score(tokens, start, sequence.blocks)
@@ -201,108 +207,3 @@ class Engine:
         top = sequence.request.params.logprobs or 0
         for row in range(len(scored) - 1 - start, len(tokens)):  # a preempted prompt may have a part already
             scored.append(logprob(logits[row], sequence.tokens[start + row + 1], top))
-
-    def _decode(self, batch: list[Sequence]) -> None:
-        started = time.perf_counter()
-        try:
-            logits = self._run(batch)
-        except Exception as error:
-            if len(batch) == 1:
-                self._fail(batch[0], error)
-            else:
-                for sequence in batch:  # find out whose fault it is: the others go on
-                    self._decode([sequence])
-            return
-        self._decode_seconds += time.perf_counter() - started
-        self._counters["decode_steps"] += 1
-        self._counters["decode_bytes"] += self._runner.decode_bytes([s.computed for s in batch])
-        for sequence, row in zip(batch, logits, strict=True):
-            self._advance(sequence, row)
-
-    def _run(self, batch: Seq[Sequence]) -> NDArray[np.float32]:
-        return self._runner.decode(
-            [s.tokens[s.computed] for s in batch], [s.computed for s in batch], [s.blocks for s in batch]
-        )
-
-    def _advance(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
-        """Take the step's result for one sequence: a replayed position, or a new token."""
-        new = sequence.at_last_token
-        with self._wake:
-            self._scheduler.commit(sequence, sequence.computed + 1)
-        if not new:
-            return
-        try:
-            if sequence.request.params.max_tokens == 0:
-                self._finish(sequence, "length")
-            else:
-                self._emit(sequence, logits)
-        except NanLogits as error:
-            self._counters["nan_logits"] += 1
-            self._fail(sequence, error)
-        except Exception as error:
-            self._fail(sequence, error)
-
-    def _emit(self, sequence: Sequence, logits: NDArray[np.float32]) -> None:
-        params, sampler = sequence.request.params, self._samplers[sequence.id]
-        token = sampler.sample(logits, sequence.generated)
-        scored = None if params.logprobs is None else logprob(logits, token, params.logprobs)
-        self._counters["generation_tokens"] += 1
-        if token in sampler.stops:
-            self._finish(sequence, "stop")
-            return
-        sequence.first_token_at = sequence.first_token_at or time.monotonic()
-        sequence.tokens.append(token)
-        sampler.record(token)
-        if sequence.generated >= params.max_tokens:
-            self._finish(sequence, "length", token, scored)
-        else:
-            sequence.sink(self._delta(sequence, token, scored))
-
-    def _delta(
-        self,
-        sequence: Sequence,
-        token: int | None,
-        scored: TokenLogprob | None,
-        finish: FinishReason | None = None,
-        error: str | None = None,
-    ) -> Delta:
-        now = time.monotonic()
-        first, sequence.answered = not sequence.answered, True
-        return Delta(
-            now,
-            token,
-            scored,
-            finish,
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
-            cached_tokens=sequence.cached_tokens,
-            times=sequence.times(now) if finish else None,
-            error=error,
-        )
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        token: int | None = None,
-        scored: TokenLogprob | None = None,
-        error: str | None = None,
-    ) -> None:
-        self._sequences.pop(sequence.id, None)
-        with self._wake:
-            self._drop(sequence, reason)
-        sequence.sink(self._delta(sequence, token, scored, reason, error))
-
-    def _drop(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._samplers.pop(sequence.id, None)
-        self._scheduler.remove(sequence)
-        self._finished[reason] += 1
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """End one request; the others never notice."""
-        log.error("request %s failed", sequence.id, exc_info=error)
-        text = (
-            "the model produced NaN"
-            if isinstance(error, NanLogits)
-            else "an internal error ended this request"
-        )
-        self._finish(sequence, "error", error=text)

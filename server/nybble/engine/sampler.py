@@ -74,7 +74,8 @@ class Sampler:
             enough = kept >= params.min_p * kept[0]
             ids, kept = ids[enough], kept[enough]
         cumulative = kept.cumsum()
-        uniform = np.random.Generator(np.random.Philox(key=[self.seed, generated])).random()
+        key = np.array([self.seed, generated], dtype=np.uint64)  # a list goes through float64 from 2^63 on
+        uniform = np.random.Generator(np.random.Philox(key=key)).random()
         chosen = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
         return int(ids[min(chosen, len(ids) - 1)])
 

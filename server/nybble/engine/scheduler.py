@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from nybble.engine.block_pool import BlockPool, hash_blocks
 from nybble.engine.sequence import Sequence
@@ -53,6 +54,7 @@ class Scheduler:
         self.prefix_cache = prefix_cache
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
+        self._slots = list(range(max_sequences))  # free ones, a heap: one sequence alone always has slot 0
         self.preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -82,7 +84,7 @@ class Scheduler:
     def _plan_decode(self) -> list[Sequence]:
         decode: list[Sequence] = []
         for sequence in list(self.running):
-            if sequence.prefilling or sequence not in self.running:
+            if sequence.prefilling or sequence.complete or sequence not in self.running:
                 continue
             if self._make_room(sequence):
                 decode.append(sequence)
@@ -115,8 +117,11 @@ class Scheduler:
         return budget
 
     def _admit(self) -> Sequence | None:
-        """Start the first waiting sequence if its tokens fit, with the cached blocks it can share."""
-        if not self.waiting or len(self.running) >= self.max_sequences:
+        """Start the first waiting sequence if its tokens fit, with the cached blocks it can share.
+
+        One that was preempted with a token in flight waits for that token: it is replayed like the others.
+        """
+        if not self.waiting or len(self.running) >= self.max_sequences or self.waiting[0].in_flight:
             return None
         sequence = self.waiting[0]
         shared = self.pool.match(sequence.hashes)
@@ -129,6 +134,7 @@ class Scheduler:
         sequence.blocks = shared + self.pool.allocate(wanted)
         sequence.computed = len(shared) * self.block_size
         sequence.published = len(shared)
+        sequence.slot = heappop(self._slots)
         if not sequence.started_at:
             sequence.started_at = time.monotonic()
             sequence.cached_tokens = sequence.computed
@@ -157,3 +163,6 @@ class Scheduler:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.computed = sequence.published = 0
+        if sequence.slot >= 0:
+            heappush(self._slots, sequence.slot)
+        sequence.slot, sequence.opened = -1, False

@@ -1,0 +1,103 @@
+"""The CPU's part of building an engine: compiled or PyTorch steps, prefill in float32."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from nybble.config import ServeConfig
+from nybble.engine.bandwidth import available_memory, read_bandwidth
+from nybble.engine.built import Built, Timer, scheme_name
+from nybble.engine.cpu_runner import CpuRunner
+from nybble.errors import UsageError
+from nybble_kernels.quantized import QuantizedTensor, Weight
+from nybble_kernels.torch_cpu import quantize_rows
+from nybble_models import paged
+from nybble_models.loader import Loader
+from nybble_models.plan import MemoryPlan
+from nybble_models.prefill import Prefill, Step
+from nybble_models.spec import ModelSpec
+from nybble_models.weights import Weights
+
+HEAD_GROUP = 32  # inputs that share a scale in an 8-bit head
+
+memory = available_memory
+
+
+def cache_limits(config: ServeConfig) -> dict[str, int]:
+    """What `plan` should know of this device's cache."""
+    if config.kv_cache_dtype not in ("auto", "bfloat16"):
+        raise UsageError(
+            f"kv_cache_dtype: {config.kv_cache_dtype} needs a GPU", hint="the CPU's cache is bfloat16"
+        )
+    return {}
+
+
+def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer) -> Built:
+    threads = config.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    weights = timer("load", lambda: loader.load(timer.inside("load")))
+    kv = paged.allocate(loader.spec, planned.kv_tokens // config.block_size, config.block_size)
+    head = head_of(weights, config)
+    kernels, step = timer("pack", lambda: make_step(config, loader.spec, weights, kv, head, threads))
+    if isinstance(head, QuantizedTensor) and weights.head is not None:
+        weights.head.weight = head
+    prefill = Prefill(loader.spec, weights, step, kv, prefill_dtype(config))
+    runner = CpuRunner(step, prefill, max_batch=config.max_num_seqs, weight_bytes=weights.nbytes())
+    timer("warm-up", lambda: warm_up(runner))
+    dtype = str(prefill.dtype).removeprefix("torch.")
+    return Built(
+        runner=runner,
+        device="cpu",
+        kernels={"decode": kernels, "prefill": f"torch {dtype}"},
+        dtype=dtype,
+        scheme=scheme_name(weights.blocks, loader),
+        weight_bytes=dict(step.weight_bytes_per_step),
+        kv_bytes_per_token=paged.bytes_per_token(loader.spec),
+        bandwidth=timer("bandwidth", lambda: read_bandwidth(threads)),
+    )
+
+
+def head_of(weights: Weights, config: ServeConfig) -> Weight:
+    """The output matrix as kept: int8 in groups of 32 (PyTorch's op takes whole rows), or as stored."""
+    bits = config.head_bits
+    stored = weights.embed if weights.head is None else weights.head.weight
+    if bits == 16 or isinstance(stored, QuantizedTensor):
+        return stored
+    if bits != 8:
+        raise UsageError(
+            f"head_bits: {bits} is not supported", hint="8 or 16; a 4-bit head costs too much quality"
+        )
+    grouped = stored.shape[1] % HEAD_GROUP == 0 and config.kernels != "torch"
+    return quantize_rows(stored, HEAD_GROUP if grouped else None)
+
+
+def make_step(
+    config: ServeConfig, spec: ModelSpec, weights: Weights, kv: torch.Tensor, head: Weight, threads: int
+) -> tuple[str, Step]:
+    """The decode step by name of its kernels; "auto" takes the compiled one where it runs."""
+    if config.kernels in ("auto", "numba"):
+        from nybble_models.program import build_program
+
+        program = build_program(spec, weights, kv, head=head, threads=threads, max_batch=config.max_num_seqs)
+        return f"numba {program.isa}", program
+    from nybble_models.torch_step import TorchStep
+
+    if config.kernels == "reference":
+        return "reference float32", TorchStep.reference(spec, weights, kv, head)
+    return "torch int4", TorchStep(spec, weights, kv, head)
+
+
+def prefill_dtype(config: ServeConfig) -> torch.dtype:
+    """bfloat16 only where the processor multiplies it: without, it is several times slower than float32."""
+    if config.dtype != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
+    return torch.float32
+
+
+def warm_up(runner: CpuRunner) -> None:
+    """Touch every buffer and compile whatever compiles on first use; block 0 is overwritten later."""
+    runner.prefill([0] * 16, 0, [0])
+    for _ in range(3):
+        runner.decode([0], [1], [[0]])
