@@ -150,13 +150,57 @@ def fragment(w, v, low, high, RT: tl.constexpr, PIECES: tl.constexpr, BITS: tl.c
 
 
 @triton.jit
-def load_zeros(zeros, at, CENTER: tl.constexpr, RT: tl.constexpr):
-    """Zero points of a lane's two rows, int32 [RT, 32, 1] each."""
+def load_words(words, step, PAIR: tl.constexpr, RT: tl.constexpr, BITS: tl.constexpr):
+    """Units of a step, [RT, 32, 4] each: (first, its second plane, second, its second plane); 8 bits have planes.
+
+    Read flat, one 16-byte load a lane, and only then seen as lanes: a four-dimensional pointer would be split
+    among lanes in another order.
+    """
+    WORDS: tl.constexpr = 32 * BITS
+    at = words + step * (2 * WORDS if PAIR else WORDS)
+    w = tl.load(at, eviction_policy="evict_first").reshape(RT, 32, 4)
+    v, w2, v2 = w, w, w
+    if BITS == 8:
+        v = tl.load(at + 128, eviction_policy="evict_first").reshape(RT, 32, 4)
+        v2 = v
+    if PAIR:
+        w2 = tl.load(at + WORDS, eviction_policy="evict_first").reshape(RT, 32, 4)
+        v2 = w2
+        if BITS == 8:
+            v2 = tl.load(at + WORDS + 128, eviction_policy="evict_first").reshape(RT, 32, 4)
+    return w, v, w2, v2
+
+
+@triton.jit
+def load_group(
+    scales, zeros, group, rows, lanes, N_PADDED: tl.constexpr, CENTER: tl.constexpr, RT: tl.constexpr
+):
+    """(scales of the rows [RT · 16], zero points of a lane's two rows [RT, 32] twice) of one group."""
+    at = group * N_PADDED
+    scale = tl.load(scales + at + rows)
     if zeros is None:
-        low = tl.full((RT, 32, 1), CENTER, tl.int32)
-        return low, low
+        low = tl.full((RT, 32), CENTER, tl.int32)
+        high = low
     else:
-        return tl.load(zeros + at).to(tl.int32)[:, :, None], tl.load(zeros + at + 8).to(tl.int32)[:, :, None]
+        low = tl.load(zeros + at + lanes)
+        high = tl.load(zeros + at + lanes + 8)
+    return scale, low, high
+
+
+@triton.jit
+def load_groups(
+    scales, zeros, step, rows, lanes,
+    N_PADDED: tl.constexpr, GROUP: tl.constexpr, CENTER: tl.constexpr, RT: tl.constexpr, PAIR: tl.constexpr,
+):  # fmt: skip
+    """What `load_group` says of a step's group, and of its second one where groups have 32 inputs."""
+    if GROUP == 32:
+        s, low, high = load_group(scales, zeros, step * 2, rows, lanes, N_PADDED, CENTER, RT)
+        s2, low2, high2 = load_group(scales, zeros, step * 2 + 1, rows, lanes, N_PADDED, CENTER, RT)
+    else:
+        group = step * (128 if PAIR else 64) // GROUP if GROUP > 0 else 0
+        s, low, high = load_group(scales, zeros, group, rows, lanes, N_PADDED, CENTER, RT)
+        s2, low2, high2 = s, low, high
+    return s, low, high, s2, low2, high2
 
 
 @triton.jit
@@ -172,80 +216,53 @@ def load_rows(x, order, k, mm, M, K: tl.constexpr):
 
 
 @triton.jit
-def add_group(acc, p, sums, scales, minimums, at):
+def load_inputs(x, order, step, mm, M, K: tl.constexpr, GROUP: tl.constexpr, PAIR: tl.constexpr):
+    """The inputs of a step: of its two units, its two groups of 32, or twice of its one unit."""
+    WIDTH: tl.constexpr = 32 if GROUP == 32 else 64
+    k = step * (128 if PAIR else 64) + tl.arange(0, WIDTH)
+    first = load_rows(x, order, k, mm, M, K)
+    second = first
+    if PAIR or GROUP == 32:
+        second = load_rows(x, order, k + WIDTH, mm, M, K)
+    return first, second
+
+
+@triton.jit
+def add_group(acc, p, inputs, scale, minimums, at):
     """acc += scale · p (+ minimum · Σ x)."""
-    acc += tl.load(scales + at).to(tl.float32)[:, None] * p
+    acc += scale.to(tl.float32)[:, None] * p
     if minimums is not None:
+        sums = tl.sum(inputs.to(tl.float32), 0)
         acc += tl.load(minimums + at).to(tl.float32)[:, None] * sums[None, :]
     return acc
 
 
 @triton.jit
-def input_sum(x, minimums):
-    """Σ x over the inputs of a tile, where real minimums need it."""
-    if minimums is not None:
-        return tl.sum(x.to(tl.float32), 0)
-    else:
-        return 0.0
-
-
-@triton.jit
-def add_unit(
-    acc, w, v, x, order, scales, zeros, minimums, unit, rows, lanes, mm, M,
-    K: tl.constexpr, N_PADDED: tl.constexpr, GROUP: tl.constexpr, CENTER: tl.constexpr,
-    BITS: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr,
+def multiply(
+    acc, w, v, w2, v2, x, x2, s, low, high, s2, low2, high2, minimums, step, rows,
+    N_PADDED: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    RT: tl.constexpr, BM: tl.constexpr, PAIR: tl.constexpr,
 ):  # fmt: skip
-    """One unit of 64 inputs, scaled by its own group, or by its two groups of 32."""
-    T: tl.constexpr = x.dtype.element_ty
+    """acc += the product of one step, every group under its scale."""
+    T: tl.constexpr = x.dtype
+    zero = tl.zeros((RT * 16, BM), tl.float32)
+    low, high = low.to(tl.int32)[:, :, None], high.to(tl.int32)[:, :, None]
     if GROUP == 32:
+        low2, high2 = low2.to(tl.int32)[:, :, None], high2.to(tl.int32)[:, :, None]
         w, w2 = tl.split(w.reshape(RT, 32, 2, 2).permute(0, 1, 3, 2))
         v, v2 = tl.split(v.reshape(RT, 32, 2, 2).permute(0, 1, 3, 2))
-        for half in tl.static_range(2):
-            at = (unit * 2 + half) * N_PADDED
-            low, high = load_zeros(zeros, at + lanes, CENTER, RT)
-            inputs = load_rows(x, order, unit * 64 + half * 32 + tl.arange(0, 32), mm, M, K)
-            a = fragment(w if half == 0 else w2, v if half == 0 else v2, low, high, RT, 2, BITS, T)
-            p = dot(a, inputs, tl.zeros((RT * 16, BM), tl.float32))
-            acc = add_group(acc, p, input_sum(inputs, minimums), scales, minimums, at + rows)
+        at = step * 2 * N_PADDED + rows
+        acc = add_group(acc, dot(fragment(w, v, low, high, RT, 2, BITS, T), x, zero), x, s, minimums, at)
+        p = dot(fragment(w2, v2, low2, high2, RT, 2, BITS, T), x2, zero)
+        return add_group(acc, p, x2, s2, minimums, at + N_PADDED)
     else:
-        at = (unit * 64 // GROUP if GROUP > 0 else 0) * N_PADDED
-        low, high = load_zeros(zeros, at + lanes, CENTER, RT)
-        inputs = load_rows(x, order, unit * 64 + tl.arange(0, 64), mm, M, K)
-        p = dot(fragment(w, v, low, high, RT, 4, BITS, T), inputs, tl.zeros((RT * 16, BM), tl.float32))
-        acc = add_group(acc, p, input_sum(inputs, minimums), scales, minimums, at + rows)
-    return acc
-
-
-@triton.jit
-def add_pair(
-    acc, w0, v0, w1, v1, x, order, scales, zeros, minimums, unit, rows, lanes, mm, M,
-    K: tl.constexpr, N_PADDED: tl.constexpr, GROUP: tl.constexpr, CENTER: tl.constexpr,
-    BITS: tl.constexpr, RT: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Two units that share a group: 128 inputs under one scale."""
-    T: tl.constexpr = x.dtype.element_ty
-    at = (unit * 64 // GROUP if GROUP > 0 else 0) * N_PADDED
-    first = load_rows(x, order, unit * 64 + tl.arange(0, 64), mm, M, K)
-    second = load_rows(x, order, unit * 64 + 64 + tl.arange(0, 64), mm, M, K)
-    low, high = load_zeros(zeros, at + lanes, CENTER, RT)
-    p = dot(fragment(w0, v0, low, high, RT, 4, BITS, T), first, tl.zeros((RT * 16, BM), tl.float32))
-    p = dot(fragment(w1, v1, low, high, RT, 4, BITS, T), second, p)
-    sums = input_sum(first, minimums) + input_sum(second, minimums)
-    return add_group(acc, p, sums, scales, minimums, at + rows)
-
-
-@triton.jit
-def load_words(words, RT: tl.constexpr, BITS: tl.constexpr):
-    """A unit of every row tile, [RT, 32, 4], and the second plane of 8-bit levels (else the first again).
-
-    Read flat, one 16-byte load a lane, and only then seen as lanes: a four-dimensional pointer would be split
-    among lanes in another order.
-    """
-    w = tl.load(words, eviction_policy="evict_first").reshape(RT, 32, 4)
-    v = w
-    if BITS == 8:
-        v = tl.load(words + 128, eviction_policy="evict_first").reshape(RT, 32, 4)
-    return w, v
+        at = (step * (128 if PAIR else 64) // GROUP if GROUP > 0 else 0) * N_PADDED + rows
+        p = dot(fragment(w, v, low, high, RT, 4, BITS, T), x, zero)
+        if PAIR:
+            p = dot(fragment(w2, v2, low, high, RT, 4, BITS, T), x2, p)
+            if minimums is not None:
+                x = x.to(tl.float32) + x2.to(tl.float32)
+        return add_group(acc, p, x, s, minimums, at)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -258,14 +275,16 @@ def _linear_w4a16(
     NORM: tl.constexpr, IN_TILE: tl.constexpr, EPS: tl.constexpr, KIND: tl.constexpr,
     ACTIVATION: tl.constexpr, STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of RT · 16 outputs, part of K, block of BM rows). RT equals the number of warps."""
+    """Program (tile of RT · 16 outputs, part of K, block of BM rows). RT equals the number of warps.
+
+    Everything a step needs is loaded while the step before it multiplies: weights, scales and zeros come from
+    memory, inputs from the L2, and no multiplication waits for either.
+    """
     tile = tl.program_id(0)
     part = tl.program_id(1)
     PAIR: tl.constexpr = UNITS % 2 == 0 and (GROUP == 0 or GROUP % 128 == 0)
-    STEP: tl.constexpr = 2 if PAIR else 1
-    STEPS: tl.constexpr = UNITS // STEP
+    STEPS: tl.constexpr = UNITS // 2 if PAIR else UNITS
     EACH: tl.constexpr = (STEPS + SPLIT - 1) // SPLIT
-    WORDS: tl.constexpr = 32 * BITS
     first = part * EACH
     last = tl.minimum(first + EACH, STEPS)
     rt = tl.minimum(tile * RT + tl.arange(0, RT), N_PADDED // 16 - 1)
@@ -273,30 +292,30 @@ def _linear_w4a16(
     # One element a thread, so the hint cannot widen a load; it keeps lanes in the order of the words.
     lanes = tl.max_contiguous(rt[:, None] * 16 + (tl.arange(0, 32) // 4)[None, :], [1, 32])
     mm = tl.program_id(2) * BM + tl.arange(0, BM)
-    at = words + rt[:, None] * (UNITS * WORDS) + tl.arange(0, 128)[None, :]
+    at = words + rt[:, None] * (UNITS * 32 * BITS) + tl.arange(0, 128)[None, :]
     acc = tl.zeros((RT * 16, BM), tl.float32)
-    start = tl.minimum(first, STEPS - 1) * (STEP * WORDS)  # a part may be empty
-    w0, v0 = load_words(at + start, RT, BITS)
-    if PAIR:
-        w1, v1 = load_words(at + start + WORDS, RT, BITS)
+    start = tl.minimum(first, STEPS - 1)  # a part may be empty
+    w, v, w2, v2 = load_words(at, start, PAIR, RT, BITS)
+    s, low, high, s2, low2, high2 = load_groups(
+        scales, zeros, start, rows, lanes, N_PADDED, GROUP, CENTER, RT, PAIR
+    )
     wait(PDL)
     launch_dependents(PDL)
+    inputs, inputs2 = load_inputs(x, order, start, mm, M, K, GROUP, PAIR)
     for step in tl.range(first, last, loop_unroll_factor=UNROLL):
-        ahead = tl.minimum(step + 1, last - 1) * (STEP * WORDS)  # in flight while this step multiplies
-        n0, m0 = load_words(at + ahead, RT, BITS)
-        if PAIR:
-            n1, m1 = load_words(at + ahead + WORDS, RT, BITS)
-            acc = add_pair(
-                acc, w0, v0, w1, v1, x, order, scales, zeros, minimums, step * 2, rows, lanes, mm, M,
-                K, N_PADDED, GROUP, CENTER, BITS, RT, BM,
-            )  # fmt: skip
-            w1, v1 = n1, m1
-        else:
-            acc = add_unit(
-                acc, w0, v0, x, order, scales, zeros, minimums, step, rows, lanes, mm, M,
-                K, N_PADDED, GROUP, CENTER, BITS, RT, BM,
-            )  # fmt: skip
-        w0, v0 = n0, m0
+        ahead = tl.minimum(step + 1, last - 1)
+        nw, nv, nw2, nv2 = load_words(at, ahead, PAIR, RT, BITS)
+        ns, nlow, nhigh, ns2, nlow2, nhigh2 = load_groups(
+            scales, zeros, ahead, rows, lanes, N_PADDED, GROUP, CENTER, RT, PAIR
+        )
+        ninputs, ninputs2 = load_inputs(x, order, ahead, mm, M, K, GROUP, PAIR)
+        acc = multiply(
+            acc, w, v, w2, v2, inputs, inputs2, s, low, high, s2, low2, high2, minimums, step, rows,
+            N_PADDED, GROUP, BITS, RT, BM, PAIR,
+        )  # fmt: skip
+        w, v, w2, v2 = nw, nv, nw2, nv2
+        s, low, high, s2, low2, high2 = ns, nlow, nhigh, ns2, nlow2, nhigh2
+        inputs, inputs2 = ninputs, ninputs2
     gather_parts(
         acc, partial, counters, tile, part, mm, M,
         in_stats, colsum, bias, y, residual, weight, out_stats,

@@ -65,9 +65,9 @@ def dp4a(w, x, acc):
 
 
 @triton.jit
-def fours(v, shape: tl.constexpr):
-    """The four words of a lane's 16 bytes, each of `shape`: registers renamed, nothing moved."""
-    low, high = tl.split(v.reshape([*shape, 2, 2]))
+def fours(v, BN: tl.constexpr, BW: tl.constexpr):
+    """The four words of a lane's 16 bytes, [BN, BW / 4] each: registers renamed, nothing moved."""
+    low, high = tl.split(v.reshape(BN, BW // 4, 2, 2))
     a, b = tl.split(low)
     c, d = tl.split(high)
     return a, b, c, d
@@ -76,8 +76,8 @@ def fours(v, shape: tl.constexpr):
 @triton.jit
 def add_words(acc, w, x, BN: tl.constexpr, BW: tl.constexpr):
     """acc [BN, BW / 4] + the products of a tile of words with codes [BW]: four words of a lane, one sum."""
-    a, b, c, d = fours(w, [BN, BW // 4])
-    e, f, g, h = fours(tl.broadcast_to(x[None, :], (BN, BW)), [BN, BW // 4])
+    a, b, c, d = fours(w, BN, BW)
+    e, f, g, h = fours(tl.broadcast_to(x[None, :], (BN, BW)), BN, BW)
     return dp4a(d, h, dp4a(c, g, dp4a(b, f, dp4a(a, e, acc))))
 
 
@@ -96,7 +96,7 @@ def code(pack, index: tl.constexpr, inverse, CLIP: tl.constexpr, T: tl.constexpr
     """round(element · inverse) in the low byte of an int32; the other bytes hold what rounding left."""
     v = element(pack, index, T) * inverse
     if CLIP:
-        v = tl.minimum(tl.maximum(v, -127.0), 127.0)
+        v = tl.clamp(v, -127.0, 127.0)
     return (v + ROUND).to(tl.int32, bitcast=True)
 
 

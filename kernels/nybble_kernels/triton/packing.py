@@ -36,7 +36,7 @@ class PackedWeight:
     """A `QuantizedTensor` on a device, ready for `linear_w4a16`.
 
     words: int32 [rows / 16, inputs / 64, 32 · bits] · scales: float [G, rows] · zeros: uint8 [G, rows] or
-    None · minimums: float32 [G, rows] or None; rows and inputs padded (to 64 each), padding multiplies to nothing.
+    None · minimums: float32 [G, rows] or None; rows and inputs padded (to 64 each), the padding adds nothing.
     `order` permutes the inputs (act-order), int64 [K] or None.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def pack_float8(
     scales = scales.float().reshape(-1).expand(len(values))
     packed = _padded(values.view(torch.int8), scales, input_scale)
     held = torch.float8_e4m3fn if multiplies else torch.uint8
-    return Packed8(packed.values.view(held), packed.scales, *values.shape, input_scale)
+    return replace(packed, values=packed.values.view(held))
 
 
 def _padded(values: Tensor, scales: Tensor, input_scale: float | None) -> Packed8:

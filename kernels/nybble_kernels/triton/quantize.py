@@ -59,10 +59,10 @@ def encoded(x, inverse, CLIP: tl.constexpr, T: tl.constexpr):
     if tl.int8 == T:
         v = x.to(tl.float32) * inverse
         if CLIP:
-            v = tl.minimum(tl.maximum(v, -127.0), 127.0)
+            v = tl.clamp(v, -127.0, 127.0)
         return (v + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
     else:
-        v = tl.minimum(tl.maximum(x.to(tl.float32) * inverse, -448.0), 448.0)
+        v = tl.clamp(x.to(tl.float32) * inverse, -448.0, 448.0)
         if INTERPRETED:
             v = to_even(v)
         return v.to(T)
