@@ -9,14 +9,20 @@ PYTHON ?= $(shell for each in python3 python3.14 python3.13 python3.12 python3.1
 # pip would compile every module of every package: 2 minutes on 2 cores for what the first import does in 10 s.
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --quiet $(PIP_ARGS)
 
+# Kernels are compiled, not run, with the Triton of torch 2.11 too, beside the installed one.
+DEVICE_TRITON := $(VENV)/triton-3.6
+
+# Measuring needs torch and triton, and nothing of ours installed.
+MEASURING = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
 # Packages are installed without bytecode (it takes two minutes) and compiled as they are imported: keep the result.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help install serve test fix bench clean
+.PHONY: help install serve test fix bench gpu gpu-dry clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 install: $(VENV)/.installed  ## create .venv and install nybble into it
 
@@ -37,6 +43,12 @@ fix: $(VENV)/.developer  ## format and repair what ruff can repair
 bench: $(VENV)/.installed  ## measure a running server (URL= ARGS=)
 	@exec $(BIN)/nybble bench $(URL) $(ARGS)
 
+gpu:  ## measure all there is to measure on an NVIDIA GPU, in at most nine minutes (PYTHON= ARGS=)
+	@exec $(MEASURING) benchmarks/gpu/gate.py $(ARGS)
+
+gpu-dry:  ## the same program on tiny sizes without a GPU: proves that every part runs
+	@exec $(MEASURING) benchmarks/gpu/gate.py --dry $(ARGS)
+
 clean:  ## remove .venv, build results and tool caches
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -52,6 +64,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) --constraint constraints.txt --editable .
 	@touch $@
 
-$(VENV)/.developer: $(VENV)/.installed
+$(VENV)/.developer: $(VENV)/.installed $(DEVICE_TRITON)/.installed
 	@$(PIP) --constraint constraints.txt --group dev
+	@touch $@
+
+$(DEVICE_TRITON)/.installed: | $(VENV)/.installed
+	@rm -rf $(@D)
+	@$(PIP) --no-deps --target $(@D) triton==3.6.0
 	@touch $@
