@@ -133,10 +133,9 @@ def test_info_states_facts(folder: Path) -> None:
         ({"device": "cuda"}, "GPU"),
         ({"max_model_len": 4096}, "160 positions"),
         ({"block_size": 24}, "multiple of 16"),
-        ({"kernels": "triton"}, "GPU"),
         ({"head_bits": 4}, "head_bits"),
     ],
-    ids=["cuda", "length", "block-size", "triton", "head"],
+    ids=["cuda", "length", "block-size", "head"],
 )
 def test_settings_that_cannot_be_met_are_refused(folder: Path, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):

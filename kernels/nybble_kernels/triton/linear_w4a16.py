@@ -151,7 +151,7 @@ def fragment(w, v, low, high, RT: tl.constexpr, PIECES: tl.constexpr, BITS: tl.c
 
 @triton.jit
 def load_words(words, step, PAIR: tl.constexpr, RT: tl.constexpr, BITS: tl.constexpr):
-    """Units of a step, [RT, 32, 4] each: (first, its second plane, second, its second plane); 8 bits have planes.
+    """Units of a step, [RT, 32, 4] each: (first, its plane 1, second, its plane 1); only 8 bits have planes.
 
     Read flat, one 16-byte load a lane, and only then seen as lanes: a four-dimensional pointer would be split
     among lanes in another order.

@@ -352,7 +352,7 @@ def _rows(
         BN=tile.outputs,
         BW=UNIT.value // 4,
         SPLIT=tile.split,
-        UNROLL=tile.unroll,
+        UNROLL=1 if static is not None else tile.unroll,  # two turns with saturation can spill
         PDL=pdl,
         **arguments(source, output),
         num_warps=tile.warps,
