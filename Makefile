@@ -34,7 +34,7 @@ test: $(VENV)/.developer  ## format, lint, types, import contracts, tests: what 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 fix: $(VENV)/.developer  ## format and repair what ruff can repair
 	$(BIN)/ruff check --fix .

@@ -1,6 +1,6 @@
 """For every test: OpenMP threads sleep instead of spinning, so that a busy machine stalls no test.
 
-Triton kernels run in its interpreter, on the CPU. On a machine with a GPU, `TRITON_INTERPRET=0` has them compiled.
+Triton kernels run in its interpreter, on the CPU; on a GPU machine, `TRITON_INTERPRET=0` compiles them.
 """
 
 from __future__ import annotations

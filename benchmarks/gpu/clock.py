@@ -26,6 +26,7 @@ class Chain:
     replay: Call
     calls: int
     repeats: int = 1  # replays in one measurement
+    held: Sequence[Call] = ()  # with the tensors that a graph reads: it keeps none alive itself
 
     def once(self) -> float:
         """Microseconds a call, over `repeats` replays."""
@@ -62,7 +63,7 @@ def chain(calls: Sequence[Call], device: str) -> Chain:
             all_of_them()
         finally:
             graph.capture_end()
-    found = Chain(graph.replay, len(calls))
+    found = Chain(graph.replay, len(calls), held=tuple(calls))
     graph.replay()
     found.repeats = max(1, math.ceil(SLICE / max(1e-7, _seconds(graph.replay, 3) / 3)))
     return found

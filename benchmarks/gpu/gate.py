@@ -100,7 +100,7 @@ def outcome(code: int) -> str:
 
 def environment(arguments: argparse.Namespace) -> None:
     """What the parts inherit: the run's name, third-party packages, and a commit where git is missing."""
-    os.environ["NYBBLE_GPU_RUN"] = new_run()
+    os.environ["GPU_GATE_RUN"] = new_run()
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ["TRITON_INTERPRET"] = "1" if arguments.dry else "0"
     if arguments.site:

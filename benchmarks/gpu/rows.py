@@ -74,7 +74,7 @@ def facts(device: str) -> Row:
         "triton": version("triton"),
         "python": platform.python_version(),
         "commit": commit(),
-        "run": os.environ.setdefault("NYBBLE_GPU_RUN", new_run()),
+        "run": os.environ.setdefault("GPU_GATE_RUN", new_run()),
         "gate": os.environ.get("NYBBLE_GPU_GATE", "not run"),
         "dry": device == "cpu",
     }
@@ -110,7 +110,9 @@ def output(*command: str) -> str | None:
 
 def commit() -> str | None:
     """From the environment, from git, or, where git is missing, from its files."""
-    if named := os.environ.get("NYBBLE_COMMIT") or output("git", "-C", str(paths.ROOT), "rev-parse", "HEAD"):
+    if named := os.environ.get("GPU_GATE_COMMIT") or output(
+        "git", "-C", str(paths.ROOT), "rev-parse", "HEAD"
+    ):
         return named[:12]
     folder = paths.ROOT / ".git"
     head = folder / "HEAD"

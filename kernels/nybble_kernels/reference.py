@@ -199,10 +199,11 @@ def quantize(x: Tensor, dtype: torch.dtype, scale: float | None = None) -> tuple
         return quantize_kv(x, dtype)
     limit = KV_CODES[dtype]
     codes = (x.float() / scale).clamp(-limit, limit)
-    return (codes.round() if dtype == torch.int8 else codes).to(dtype), torch.full((len(x),), scale, device=x.device)
+    steps = torch.full((len(x),), scale, device=x.device)
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), steps
 
 
 def linear_w8a8(x: Tensor, values: Tensor, scales: Tensor, scale: float | None = None) -> Tensor:
-    """y = Q(x) Wᵀ with W[n, k] = scales[n] · values[n, k], x quantized as the values are: [T, K] -> [T, N]."""
+    """y = Q(x) Wᵀ with W[n, k] = scales[n] · values[n, k], x quantized like W: [T, K] -> [T, N]."""
     codes, steps = quantize(x, values.dtype, scale)
     return F.linear(codes.double(), values.double()).float() * steps[:, None] * scales

@@ -12,6 +12,7 @@ from torch import Tensor
 from nybble_kernels.triton.attention_decode import counter_ints, default_splits, workspace_floats
 from nybble_kernels.triton.epilogue import Operand
 from nybble_kernels.triton.linear import DeviceLinear
+from nybble_kernels.triton.quantize import QuantizedOperand
 from nybble_kernels.triton.tiles import Phase, Workspace
 from nybble_models.spec import ModelSpec
 
@@ -82,6 +83,9 @@ class Scratch:
         }
         self._stats = {name: floats(3 * -(-v.shape[1] // FINEST) * rows) for name, v in self._values.items()}
         self._norm = norm, spec.norm_eps
+        widest = max((each.inputs for each in linears if each.quantizes), default=0)
+        self._codes = torch.zeros(rows * widest, dtype=torch.int8, device=device)
+        self._scales = floats(rows)
         self.mixed = Operand(torch.zeros(rows, heads, dtype=dtype, device=device), floats(3, 1, rows), heads)
         self.splits = default_splits(spec.num_kv_heads, settings.tuning.processors)
         size = workspace_floats(sizes.batch, spec.num_heads, spec.head_dim, self.splits)
@@ -93,9 +97,14 @@ class Scratch:
             (each.tile(count, phase), each.outputs, count)
             for each in linears
             for phase, limit in limits.items()
-            for count in {min(limit, c) for c in (16, 32, 64, limit)}
+            for count in {min(limit, c) for c in (1, 16, 32, 64, limit)}
         ]
         self.workspace = Workspace.allocate(uses, device)
+
+    def quantized(self, source: Operand) -> QuantizedOperand:
+        """Room for an operand in 8 bits."""
+        codes = self._codes[: self._rows * source.width].view(self._rows, source.width)
+        return QuantizedOperand(codes, self._scales, source)
 
     def stream(self, tile: int) -> Operand:
         """The attention norm's operand, written `tile` columns at a time."""

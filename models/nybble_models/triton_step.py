@@ -8,6 +8,7 @@ so a step can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from nybble_kernels.triton.attention_prefill import attention_prefill
 from nybble_kernels.triton.embed import embed
 from nybble_kernels.triton.epilogue import Activate, Operand, Residual, Store
 from nybble_kernels.triton.linear import DeviceLinear, FoldedNorm, make_linear
+from nybble_kernels.triton.quantize import QuantizedOperand, quantize, quantize_operand
 from nybble_kernels.triton.rotary import rotary
 from nybble_kernels.triton.tiles import Phase, Tuning
 from nybble_models.rotary import rotary_table
@@ -273,7 +275,16 @@ class TritonStep:
         output: Store | Residual | Activate,
         phase: Phase,
     ) -> None:
-        linear(stream, rows, output, phase, self.scratch.workspace, pdl=self.settings.pdl)
+        operand: Operand | QuantizedOperand = stream
+        if linear.quantizes and stream is self.scratch.mixed:  # attention leaves no statistics
+            operand = self.scratch.quantized(stream)
+            quantize(
+                stream.values[:rows], operand.values[:rows], operand.scales[:rows], pdl=self.settings.pdl
+            )
+        elif linear.quantizes and (phase == "prefill" or rows > 16):  # else every tile would do it again
+            operand = self.scratch.quantized(stream)
+            quantize_operand(stream, rows, operand, pdl=self.settings.pdl)
+        linear(operand, rows, output, phase, self.scratch.workspace, pdl=self.settings.pdl)
 
     def _head(self, stream: Operand, rows: int, phase: Phase) -> None:
         self._run(self.head, stream, rows, Store(self.scratch.logits), phase)
@@ -309,9 +320,11 @@ class TritonStep:
 
     def kv_bytes(self, positions: Sequence[int]) -> int:
         """Keys and values that a step at these positions reads, sliding windows considered."""
-        per_position = self.cache.nbytes // self.cache.kv[:, :, 0, :, 0, 0].numel()
-        windows = [layer.window for layer in self.layers]
-        return per_position * sum(min(p + 1, w or p + 1) for p in positions for w in windows)
+        layers, blocks, _, size = self.cache.kv.shape[:4]
+        per_position = self.cache.nbytes // (layers * blocks * size)
+        windows = Counter(layer.window for layer in self.layers)
+        read = sum(n * min(p + 1, w or p + 1) for w, n in windows.items() for p in positions)
+        return per_position * read
 
 
 def _interleave(linear: Linear) -> Linear:

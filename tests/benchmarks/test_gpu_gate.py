@@ -161,5 +161,5 @@ def test_the_commit_is_found_without_git(
         (tmp_path / ".git" / "packed-refs").write_text(f"# pack-refs\n{name} refs/heads/main\n")
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setattr(rows, "output", lambda *command: None)
-    monkeypatch.delenv("NYBBLE_COMMIT", raising=False)
+    monkeypatch.delenv("GPU_GATE_COMMIT", raising=False)
     assert rows.commit() == name[:12]

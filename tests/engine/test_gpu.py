@@ -143,7 +143,7 @@ def test_tuning_writes_what_serving_reads(
     from nybble_kernels.triton import search
 
     monkeypatch.setattr(search, "ROWS", {"decode": (1,), "prefill": (2,)})
-    monkeypatch.setattr(search, "candidates", lambda inputs, phase: [Cut(4, 1, 1, 1), Cut(8, 1, 1, 1)])
+    monkeypatch.setattr(search, "candidates", lambda kind, inputs, phase: [Cut(4, 1, 1, 1), Cut(8, 1, 1, 1)])
     lines: list[str] = []
     config = ServeConfig(
         model=str(folder), kernels="triton" if INTERPRETED else "auto", cache_dir=str(tmp_path)

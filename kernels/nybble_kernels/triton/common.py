@@ -11,6 +11,10 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Whether kernels run in Triton's interpreter on the CPU (chosen before Triton is imported)."""
 
 
+BLOCKS = tl.constexpr(8)
+"""Blocks of rows that share the weights in the L2 cache, where rows are many."""
+
+
 @triton.jit
 def wait(PDL: tl.constexpr):
     """Until every earlier kernel of the chain has finished and its stores are seen.
@@ -42,3 +46,13 @@ def dot(a, b, acc):
         )
     else:
         return tl.dot(a, b, acc)
+
+
+@triton.jit
+def tile_and_block(SPLIT: tl.constexpr):
+    """(tile of outputs, block of rows), in an order that finds weights in the L2 cache if sums are whole."""
+    tile = tl.program_id(0)
+    block = tl.program_id(2)
+    if SPLIT == 1:
+        block, tile = tl.swizzle2d(block, tile, tl.num_programs(2), tl.num_programs(0), BLOCKS)
+    return tile, block

@@ -189,34 +189,50 @@ def finish(
 
 @triton.jit
 def gather_parts(
-    acc, partial, counters, tile, part, mm, M,
+    acc, partial, counters, tile, block, part, M,
     in_stats, colsum, bias, y, residual, weight, out_stats,
     N: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
     NORM: tl.constexpr, IN_WIDTH: tl.constexpr, IN_TILE: tl.constexpr, EPS: tl.constexpr,
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """`finish` when all SPLIT parts of K are there: by the last program to arrive, in the order of parts."""
-    if SPLIT == 1:
+    """`finish` when all SPLIT parts of K are there: by the last program to arrive, in the order of parts.
+
+    The order in which lanes add a tile's statistics follows from its shape. So a decode step finishes 16 rows
+    at a time, read back from memory, however many it multiplied at once: a row's bits are those it has alone.
+    """
+    CHUNK: tl.constexpr = 16 if BM <= 64 else BM
+    WIDTH: tl.constexpr = BM if BM > CHUNK else CHUNK
+    if SPLIT == 1 and BM == CHUNK and (BM > 64 or KIND != RESIDUAL):
         finish(
-            acc, tile, mm, M, N, BN, BM, in_stats, colsum, bias, y, residual, weight, out_stats,
+            acc, tile, block * BM + tl.arange(0, BM), M, N, BN, BM,
+            in_stats, colsum, bias, y, residual, weight, out_stats,
             NORM, IN_WIDTH, IN_TILE, EPS, KIND, ACTIVATION, STRIDE, Y_STRIDE,
         )  # fmt: skip
     else:
-        place = tl.program_id(2) * tl.num_programs(0) + tile
-        at = partial + place * (SPLIT * BN * BM)
-        at = at + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        tl.store(at + part * (BN * BM), acc)
-        tl.debug_barrier()  # every warp's stores before the release below
-        arrived = tl.atomic_add(counters + place, 1, sem="acq_rel")
+        place = block * tl.num_programs(0) + tile
+        n = tl.arange(0, BN)[:, None] * CHUNK
+        columns = tl.arange(0, BM)[None, :]
+        held = partial + place * (SPLIT * BN * WIDTH)
+        tl.store(held + part * (BN * WIDTH) + columns // CHUNK * (BN * CHUNK) + n + columns % CHUNK, acc)
+        tl.debug_barrier()  # every warp's stores before the release below, and before they are read
+        arrived = SPLIT - 1
+        if SPLIT > 1:
+            arrived = tl.atomic_add(counters + place, 1, sem="acq_rel")
         if arrived == SPLIT - 1:
-            total = tl.zeros((BN, BM), tl.float32)
-            for each in tl.static_range(SPLIT):
-                total += tl.load(at + each * (BN * BM), cache_modifier=".cg")
-            tl.store(counters + place, 0)
-            finish(
-                total, tile, mm, M, N, BN, BM, in_stats, colsum, bias, y, residual, weight, out_stats,
-                NORM, IN_WIDTH, IN_TILE, EPS, KIND, ACTIVATION, STRIDE, Y_STRIDE,
-            )  # fmt: skip
+            c = tl.arange(0, CHUNK)
+            for chunk in range((tl.minimum(M - block * BM, BM) + CHUNK - 1) // CHUNK):
+                source = held + chunk * (BN * CHUNK) + n + c[None, :]
+                total = tl.zeros((BN, CHUNK), tl.float32)
+                for each in tl.static_range(SPLIT):
+                    parts = source + each * (BN * WIDTH)
+                    total += tl.load(parts, mask=c[None, :] < BM, other=0.0, cache_modifier=".cg")
+                finish(
+                    total, tile, block * BM + chunk * CHUNK + c, M, N, BN, CHUNK,
+                    in_stats, colsum, bias, y, residual, weight, out_stats,
+                    NORM, IN_WIDTH, IN_TILE, EPS, KIND, ACTIVATION, STRIDE, Y_STRIDE,
+                )  # fmt: skip
+            if SPLIT > 1:
+                tl.store(counters + place, 0)
 
 
 NORMS = {None: NO_NORM.value, "rms": RMS_NORM.value, "layer": LAYER_NORM.value}

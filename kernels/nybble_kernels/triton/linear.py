@@ -15,6 +15,7 @@ from nybble_kernels.triton.linear_w4a16 import linear_w4a16
 from nybble_kernels.triton.linear_w8a8 import linear_w8a8
 from nybble_kernels.triton.packing import PackedWeight, UnsupportedLayout, pack
 from nybble_kernels.triton.packing8 import Packed8, pack8
+from nybble_kernels.triton.quantize import QuantizedOperand
 from nybble_kernels.triton.tiles import Cut, Phase, Tile, Tuning, Workspace
 
 Packed = PackedWeight | Packed8 | Tensor
@@ -46,6 +47,11 @@ class DeviceLinear:
         return self.weight.nbytes + sum(t.nbytes for t in (self.bias, self.colsum) if t is not None)
 
     @property
+    def quantizes(self) -> bool:
+        """Whether it multiplies inputs of 8 bits."""
+        return isinstance(self.weight, Packed8) and self.weight.values.dtype != torch.uint8
+
+    @property
     def device(self) -> torch.device:
         weight = self.weight
         return weight.device if isinstance(weight, Tensor) else weight.scales.device
@@ -59,7 +65,7 @@ class DeviceLinear:
 
     def __call__(
         self,
-        operand: Operand,
+        operand: Operand | QuantizedOperand,
         rows: int,
         output: Output,
         phase: Phase,
@@ -69,10 +75,12 @@ class DeviceLinear:
     ) -> None:
         weight, tile = self.weight, self.tile(rows, phase)
         bias, colsum = self.bias, self.colsum
+        if isinstance(weight, Packed8):
+            linear_w8a8(operand, rows, weight, output, tile, workspace, bias=bias, colsum=colsum, pdl=pdl)
+            return
+        assert isinstance(operand, Operand), "only 8-bit products take quantized inputs"
         if isinstance(weight, Tensor):
             linear_f16(operand, rows, weight, output, tile, workspace, bias=bias, colsum=colsum, pdl=pdl)
-        elif isinstance(weight, Packed8):
-            linear_w8a8(operand, rows, weight, output, tile, workspace, bias=bias, colsum=colsum, pdl=pdl)
         else:
             linear_w4a16(operand, rows, weight, output, tile, workspace, bias=bias, colsum=colsum, pdl=pdl)
 

@@ -17,26 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nybble_kernels.triton.common import INTERPRETED, dot, launch_dependents, wait
+from nybble_kernels.triton.common import INTERPRETED, dot, launch_dependents, tile_and_block, wait
 from nybble_kernels.triton.epilogue import Operand, Output, arguments, gather_parts
-from nybble_kernels.triton.tiles import Cut, Phase, Tile, Workspace
+from nybble_kernels.triton.tiles import Tile, Workspace
 
 UNIT = tl.constexpr(128)  # inputs; parts of K are whole units
 STEP = 64  # inputs of a tile, times `unroll`
 LINE = tl.constexpr(128)  # bytes that one request brings to the L2 cache
-BLOCKS = tl.constexpr(8)  # of rows that share the weights in the L2 cache, where rows are many
-RESIDENT = 3  # programs of three stages of 128 inputs, 60 KiB each, on a multiprocessor
-
-
-def default_cut_f16(outputs: int, inputs: int, phase: Phase, processors: int = 132) -> Cut:
-    """For a GPU that was never tuned: as many parts of K as run at once, each of four units or more."""
-    if phase == "prefill":
-        return Cut(warps=8, unroll=1, stages=3)
-    tiles = -(-outputs // Tile().outputs)
-    split = 1
-    while tiles * split * 2 <= RESIDENT * processors and inputs >= 2 * split * 4 * UNIT.value:
-        split *= 2
-    return Cut(split=split, unroll=2, stages=3)
 
 
 @triton.jit
@@ -64,17 +51,7 @@ def prefetch_rows(at, first, last, WIDTH: tl.constexpr, COUNT: tl.constexpr, PDL
             prefetch(at[:, None] + k[None, :])
 
 
-@triton.jit
-def tile_and_block(SPLIT: tl.constexpr):
-    """(tile of outputs, block of rows), in an order that finds weights in the L2 cache if sums are whole."""
-    tile = tl.program_id(0)
-    block = tl.program_id(2)
-    if SPLIT == 1:
-        block, tile = tl.swizzle2d(block, tile, tl.num_programs(2), tl.num_programs(0), BLOCKS)
-    return tile, block
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def kernel(
     x, matrix, partial, counters,
     in_stats, colsum, bias, y, residual, weight, out_stats, M,
@@ -115,7 +92,7 @@ def kernel(
             u = tl.load(x + (start + k)[:, None] + mm[None, :] * K, mask=inside, other=0.0)
         acc = dot(w, u, acc)
     gather_parts(
-        acc, partial, counters, tile, part, mm, M,
+        acc, partial, counters, tile, block, part, M,
         in_stats, colsum, bias, y, residual, weight, out_stats,
         N, BN, BM, SPLIT, NORM, K, IN_TILE, EPS, KIND, ACTIVATION, STRIDE, Y_STRIDE,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nybble_kernels.triton.common import INTERPRETED, dot, launch_dependents, wait
+from nybble_kernels.triton.common import INTERPRETED, dot, launch_dependents, tile_and_block, wait
 from nybble_kernels.triton.epilogue import Operand, Output, arguments, gather_parts
 from nybble_kernels.triton.packing import PackedWeight
 from nybble_kernels.triton.tiles import Tile, Workspace
@@ -280,7 +280,7 @@ def _linear_w4a16(
     Everything a step needs is loaded while the step before it multiplies: weights, scales and zeros come from
     memory, inputs from the L2, and no multiplication waits for either.
     """
-    tile = tl.program_id(0)
+    tile, block = tile_and_block(SPLIT)
     part = tl.program_id(1)
     PAIR: tl.constexpr = UNITS % 2 == 0 and (GROUP == 0 or GROUP % 128 == 0)
     STEPS: tl.constexpr = UNITS // 2 if PAIR else UNITS
@@ -291,7 +291,7 @@ def _linear_w4a16(
     rows = tl.minimum(tile * (RT * 16) + tl.arange(0, RT * 16), N_PADDED - 1)
     # One element a thread, so the hint cannot widen a load; it keeps lanes in the order of the words.
     lanes = tl.max_contiguous(rt[:, None] * 16 + (tl.arange(0, 32) // 4)[None, :], [1, 32])
-    mm = tl.program_id(2) * BM + tl.arange(0, BM)
+    mm = block * BM + tl.arange(0, BM)
     at = words + rt[:, None] * (UNITS * 32 * BITS) + tl.arange(0, 128)[None, :]
     acc = tl.zeros((RT * 16, BM), tl.float32)
     start = tl.minimum(first, STEPS - 1)  # a part may be empty
@@ -317,7 +317,7 @@ def _linear_w4a16(
         s, low, high, s2, low2, high2 = ns, nlow, nhigh, ns2, nlow2, nhigh2
         inputs, inputs2 = ninputs, ninputs2
     gather_parts(
-        acc, partial, counters, tile, part, mm, M,
+        acc, partial, counters, tile, block, part, M,
         in_stats, colsum, bias, y, residual, weight, out_stats,
         N, RT * 16, BM, SPLIT, NORM, K, IN_TILE, EPS, KIND, ACTIVATION, STRIDE, Y_STRIDE,
     )  # fmt: skip

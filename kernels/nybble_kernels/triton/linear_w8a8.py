@@ -7,9 +7,9 @@ of outputs would do that again at the cost of the product itself. Two ways to mu
     columns = 1    one row, int8: words go from memory to registers and through `dp4a`, four products each
     otherwise      tensor cores, the weight as the left factor, `stages` tiles on their way to shared memory
 
-Sums of int8 are exact, so parts of K and tiles may be any: the bits are the same. A row's scales commute with
-the matrix as a norm's do (see `epilogue`). A GPU that does not multiply float8 (sm_80) gets 16-bit floats of
-the same values, and x as it is.
+Sums of int8 are exact within a part of K, and parts are added in order: both ways give the same bits. A row's
+scales commute with the matrix as a norm's do (see `epilogue`). A GPU that does not multiply float8 (sm_80)
+gets 16-bit floats of the same values, and x as it is.
 """
 
 from __future__ import annotations
@@ -19,30 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nybble_kernels.triton.common import INTERPRETED, dot, launch_dependents, wait
-from nybble_kernels.triton.epilogue import Operand, Output, arguments, finish, gather_parts
-from nybble_kernels.triton.linear_f16 import prefetch_rows, tile_and_block
-from nybble_kernels.triton.packing8 import Packed8, pack8, pack_float8
+from nybble_kernels.triton.common import INTERPRETED, dot, launch_dependents, tile_and_block, wait
+from nybble_kernels.triton.epilogue import Operand, Output, arguments, gather_parts
+from nybble_kernels.triton.linear_f16 import prefetch_rows
+from nybble_kernels.triton.packing8 import Packed8
 from nybble_kernels.triton.quantize import ROUND, QuantizedOperand, encoded, scales_of
-from nybble_kernels.triton.tiles import Cut, Phase, Tile, Workspace
-
-__all__ = ["Packed8", "QuantizedOperand", "default_cut_w8a8", "linear_w8a8", "pack8", "pack_float8"]
+from nybble_kernels.triton.tiles import Tile, Workspace
 
 UNIT = tl.constexpr(256)  # inputs; parts of K are whole units
 STEP = 128  # inputs of a tile, times `unroll`
 FLOATS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.int8: tl.int8}
-RESIDENT = 3  # programs on a multiprocessor
-
-
-def default_cut_w8a8(outputs: int, inputs: int, phase: Phase, processors: int = 132) -> Cut:
-    """For a GPU that was never tuned: as many parts of K as run at once, each of four units or more."""
-    if phase == "prefill":
-        return Cut(warps=8, unroll=1, stages=3)
-    tiles = -(-outputs // Tile().outputs)
-    split = 1
-    while tiles * split * 2 <= RESIDENT * processors and inputs >= 2 * split * 4 * UNIT.value:
-        split *= 2
-    return Cut(split=split, unroll=2, stages=3)
 
 
 @triton.jit
@@ -126,41 +112,6 @@ def load_words(rows, word, WORDS: tl.constexpr, BW: tl.constexpr):
 
 
 @triton.jit
-def gather_sums(
-    acc, scale, scales, partial, counters, tile, part, mm, M,
-    in_stats, colsum, bias, y, residual, weight, out_stats,
-    N: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, SPLIT: tl.constexpr,
-    NORM: tl.constexpr, IN_WIDTH: tl.constexpr, IN_TILE: tl.constexpr, EPS: tl.constexpr,
-    KIND: tl.constexpr, ACTIVATION: tl.constexpr, STRIDE: tl.constexpr, Y_STRIDE: tl.constexpr,
-):  # fmt: skip
-    """`epilogue.gather_parts` for int32 sums: the parts are added before anything is rounded."""
-    each_scale = tl.load(scales + tile * BN + tl.arange(0, BN))
-    if SPLIT == 1:
-        finish(
-            acc.to(tl.float32) * each_scale[:, None] * scale[None, :], tile, mm, M, N, BN, BM,
-            in_stats, colsum, bias, y, residual, weight, out_stats,
-            NORM, IN_WIDTH, IN_TILE, EPS, KIND, ACTIVATION, STRIDE, Y_STRIDE,
-        )  # fmt: skip
-    else:
-        place = tl.program_id(2) * tl.num_programs(0) + tile
-        at = partial + place * (SPLIT * BN * BM)
-        at = at + tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        tl.store(at + part * (BN * BM), acc)
-        tl.debug_barrier()  # every warp's stores before the release below
-        arrived = tl.atomic_add(counters + place, 1, sem="acq_rel")
-        if arrived == SPLIT - 1:
-            total = tl.zeros((BN, BM), tl.int32)
-            for each in tl.static_range(SPLIT):
-                total += tl.load(at + each * (BN * BM), cache_modifier=".cg")
-            tl.store(counters + place, 0)
-            finish(
-                total.to(tl.float32) * each_scale[:, None] * scale[None, :], tile, mm, M, N, BN, BM,
-                in_stats, colsum, bias, y, residual, weight, out_stats,
-                NORM, IN_WIDTH, IN_TILE, EPS, KIND, ACTIVATION, STRIDE, Y_STRIDE,
-            )  # fmt: skip
-
-
-@triton.jit
 def row_kernel(
     x, x_scales, static, words, scales, partial, counters,
     in_stats, colsum, bias, y, residual, weight, out_stats, M, each,
@@ -197,8 +148,10 @@ def row_kernel(
         codes = load_codes(x, step * BW + lane, row, inverse, K, static is not None, T)
         acc = add_words(acc, w, codes, BN, BW)
         w = ahead
-    gather_sums(
-        tl.sum(acc, 1)[:, None], scale, scales, partial, counters, tile, part, mm, M,
+    each_scale = tl.load(scales + tile * BN + tl.arange(0, BN))
+    sums = tl.sum(acc, 1).to(tl.float32) * each_scale
+    gather_parts(
+        sums[:, None] * scale[None, :], partial, counters, tile, row, part, M,
         in_stats, colsum, bias, y, residual, weight, out_stats,
         N, BN, 1, SPLIT, NORM, K, IN_TILE, EPS, KIND, ACTIVATION, STRIDE, Y_STRIDE,
     )  # fmt: skip
@@ -273,19 +226,12 @@ def kernel(
             inside = inside & ((start + k)[:, None] < K)
         u = tl.load(x + (start + k)[:, None] + mm[None, :] * K, mask=inside, other=0.0)
         acc = add_tile(acc, w, u, inverse, static is not None)
-    if tl.int8 == T:
-        gather_sums(
-            acc, scale, scales, partial, counters, tile, part, mm, M,
-            in_stats, colsum, bias, y, residual, weight, out_stats,
-            N, BN, BM, SPLIT, NORM, K, IN_TILE, EPS, KIND, ACTIVATION, STRIDE, Y_STRIDE,
-        )  # fmt: skip
-    else:
-        acc *= tl.load(scales + n)[:, None] * scale[None, :]
-        gather_parts(
-            acc, partial, counters, tile, part, mm, M,
-            in_stats, colsum, bias, y, residual, weight, out_stats,
-            N, BN, BM, SPLIT, NORM, K, IN_TILE, EPS, KIND, ACTIVATION, STRIDE, Y_STRIDE,
-        )  # fmt: skip
+    acc = acc.to(tl.float32) * tl.load(scales + n)[:, None] * scale[None, :]
+    gather_parts(
+        acc, partial, counters, tile, block, part, M,
+        in_stats, colsum, bias, y, residual, weight, out_stats,
+        N, BN, BM, SPLIT, NORM, K, IN_TILE, EPS, KIND, ACTIVATION, STRIDE, Y_STRIDE,
+    )  # fmt: skip
 
 
 def linear_w8a8(
@@ -339,7 +285,7 @@ def _rows(
         static,
         words,
         packed.scales,
-        workspace.partial.view(torch.int32),
+        workspace.partial,
         workspace.counters,
         bias=bias,
         colsum=colsum,
@@ -374,14 +320,13 @@ def _tiles(
     pdl: bool,
 ) -> None:
     """Tiles of rows, on tensor cores."""
-    exact = packed.values.dtype == torch.int8
     kernel[(-(-packed.outputs // tile.outputs), tile.split, -(-rows // tile.columns))](
         operand.values,
         operand.scales if isinstance(operand, QuantizedOperand) else None,
         static,
         packed.values,
         packed.scales,
-        workspace.partial.view(torch.int32) if exact else workspace.partial,
+        workspace.partial,
         workspace.counters,
         bias=bias,
         colsum=colsum,

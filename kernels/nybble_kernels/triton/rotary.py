@@ -134,7 +134,7 @@ def encoded(x, LIMIT: tl.constexpr, STORED: tl.constexpr):
         return narrowed(x, STORED), tl.full((x.shape[0],), 1.0, tl.float32)
 
 
-@triton.jit(do_not_specialize=["start", "count"])
+@triton.jit(do_not_specialize=["start", "count", "tokens"])
 def _rotary(
     qkv,
     kv,

@@ -19,7 +19,7 @@ ROWS: dict[Phase, tuple[int, ...]] = {"decode": (1, 16), "prefill": (512,)}
 SMALLEST_PART = 256  # inputs
 
 
-def candidates(inputs: int, phase: Phase) -> Iterator[Cut]:
+def candidates(kind: str, inputs: int, phase: Phase) -> Iterator[Cut]:
     """Cuts worth trying. Prefill keeps K whole: its tiles are many, and its sums must not depend on them."""
     if phase == "prefill":
         yield from (Cut(warps, 1, 1, stages) for warps in (4, 8) for stages in (1, 2, 3))
@@ -29,8 +29,10 @@ def candidates(inputs: int, phase: Phase) -> Iterator[Cut]:
         Cut(warps, split, unroll, stages)
         for warps in (4, 8)
         for split in splits
-        for unroll, stages in ((1, 1), (2, 1), (1, 3))
+        for unroll, stages in ((1, 1), (2, 1), (1, 3), (2, 3))
     )
+    if kind == "w8a8":
+        yield from (Cut(warps, split, 2, 3, single=True) for warps in (4, 8) for split in splits)
 
 
 def fastest(
@@ -44,7 +46,7 @@ def fastest(
     device = linear.device
     chain = [linear, *(linear.copy() for _ in range(copies - 1))]
     runs: dict[Cut, list[Callable[[], None]]] = {}
-    for cut in dict.fromkeys([linear.cuts[phase], *candidates(linear.inputs, phase)]):
+    for cut in dict.fromkeys([linear.cuts[phase], *candidates(linear.kind, linear.inputs, phase)]):
         try:
             runs[cut] = [_run(chain, cut, phase, rows, dtype, device) for rows in ROWS[phase]]
         except Exception:  # too large for this GPU: no candidate
@@ -94,7 +96,10 @@ def _captured(run: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    replay: Callable[[], None] = graph.replay
+
+    def replay(held: Callable[[], None] = run) -> None:  # a graph keeps no tensor alive: `run` has them
+        graph.replay()
+
     return replay
 
 

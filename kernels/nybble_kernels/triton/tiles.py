@@ -14,9 +14,8 @@ from torch import Tensor
 
 Phase = Literal["decode", "prefill"]
 
-COLUMNS: Mapping[Phase, tuple[int, ...]] = {"decode": (16, 32, 64), "prefill": (16, 32, 64, 128)}
-DEPTH = 512  # a part of K has at least so many inputs: below, starting costs more than it hides
-PER_PROCESSOR = 4  # programs of 4 warps on a multiprocessor that keep enough loads under way
+COLUMNS: Mapping[Phase, tuple[int, ...]] = {"decode": (16, 32, 64), "prefill": (128,)}
+"""Rows of x in a tile. A prompt's chunk always takes the widest: its bits do not depend on how it is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +37,38 @@ class Tile:
 class Cut:
     """What was found best for one weight in one phase: a `Tile` but for its columns, which follow the batch.
 
-    The parts of K are the same for every batch, so that a row's sum is, too.
+    The parts of K are the same for every batch, so that a row's sum is, too. `single`: one row goes through
+    `dp4a` and not through tensor cores (int8 by int8 only).
     """
 
     warps: int = 4
     split: int = 1
     unroll: int = 2
     stages: int = 1
+    single: bool = False
 
     def tile(self, rows: int, phase: Phase) -> Tile:
-        sizes = COLUMNS[phase]
+        sizes = (1,) * self.single + COLUMNS[phase]
         columns = next((c for c in sizes if rows <= c), sizes[-1])
-        if columns > 64:  # twice the warps, or the sums would not fit into registers
-            return Tile(max(self.warps, 8), columns, self.split, 1, self.stages)
-        return Tile(self.warps, columns, self.split, self.unroll if columns == 16 else 1, self.stages)
+        return Tile(self.warps, columns, self.split, self.unroll if columns <= 16 else 1, self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Habit:
+    """How a kernel likes to be cut: inputs of a part of K at least, programs on a multiprocessor, stages."""
+
+    depth: int
+    resident: int
+    stages: int
+
+
+HABITS = {
+    "w4a16": Habit(512, 6, 1),
+    "w8a16": Habit(512, 4, 1),
+    "w8a8": Habit(1024, 3, 3),
+    "f16": Habit(512, 3, 3),
+}
+"""Residents as the compiler's registers and shared memory allow (docs/kernels_aot.md); not measured yet."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,7 @@ class Tuning:
 
     def cut(self, kind: str, outputs: int, inputs: int, phase: Phase) -> Cut:
         found = self.cuts.get(key(kind, outputs, inputs, phase))
-        return found or default_cut(outputs, inputs, phase, self.processors)
+        return found or default_cut(kind, outputs, inputs, phase, self.processors)
 
     def as_json(self) -> dict[str, Any]:
         cuts = {
@@ -101,15 +118,17 @@ def file_name(device: str) -> str:
     return "-".join(device.lower().split()) + ".json"
 
 
-def default_cut(outputs: int, inputs: int, phase: Phase, processors: int = 132) -> Cut:
-    """For a GPU that was never tuned: enough programs to fill it, parts of K no shorter than DEPTH."""
+def default_cut(kind: str, outputs: int, inputs: int, phase: Phase, processors: int = 132) -> Cut:
+    """For a GPU that was never tuned: as many parts of K as run at once, none too short to be worth it."""
+    habit = HABITS[kind]
     if phase == "prefill":
-        return Cut(unroll=1)
+        wide = habit.stages > 1 or outputs >= 8192
+        return Cut(warps=8 if wide else 4, unroll=1, stages=habit.stages)
     tiles = -(-outputs // Cut().tile(1, phase).outputs)
     split = 1
-    while tiles * split < PER_PROCESSOR * processors and inputs // (2 * split) >= DEPTH:
+    while tiles * split * 2 <= habit.resident * processors and inputs >= 2 * split * habit.depth:
         split *= 2
-    return Cut(split=split)
+    return Cut(split=split, stages=habit.stages)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,8 +145,8 @@ class Workspace:
         for tile, outputs, rows in uses:
             blocks = -(-outputs // tile.outputs) * -(-rows // tile.columns)
             counters = max(counters, blocks)
-            if tile.split > 1:
-                partial = max(partial, blocks * tile.split * tile.outputs * tile.columns)
+            if tile.split > 1 or tile.columns <= 64:
+                partial = max(partial, blocks * tile.split * tile.outputs * max(tile.columns, 16))
         return cls(
             torch.empty(partial, dtype=torch.float32, device=device),
             torch.zeros(counters, dtype=torch.int32, device=device),

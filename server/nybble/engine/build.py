@@ -44,12 +44,15 @@ def build_engine(config: ServeConfig, progress: Progress) -> Engine:
 
 def device_of(config: ServeConfig) -> ModuleType:
     """The module that builds for the chosen device; "auto" takes a GPU where Triton can use one."""
-    interpreted = config.kernels == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    found = torch.cuda.is_available()
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = config.kernels == "triton" and interpreting
+    found = torch.cuda.is_available() and not interpreting
     if config.device == "cuda" and not found:
-        raise UsageError("device: cuda was asked for, and PyTorch finds no GPU", hint="--device cpu")
+        why = "TRITON_INTERPRET=1 keeps kernels on the CPU" if interpreting else "PyTorch finds no GPU"
+        raise UsageError(f"device: cuda was asked for, and {why}", hint="--device cpu")
     if config.kernels == "triton" and not interpreted and (not found or config.device == "cpu"):
-        raise UsageError("kernels: triton runs on a GPU, and PyTorch finds none", hint="--kernels auto")
+        why = "--device is cpu" if found else "PyTorch finds none"
+        raise UsageError(f"kernels: triton runs on a GPU, and {why}", hint="--kernels auto")
     if not interpreted and (
         not found or config.device == "cpu" or config.kernels in ("numba", "torch", "reference")
     ):

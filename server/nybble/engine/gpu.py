@@ -16,6 +16,7 @@ from nybble.engine.gpu_runner import GpuRunner
 from nybble.errors import UsageError
 from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_kernels.torch_cpu import quantize_rows
+from nybble_kernels.triton.common import INTERPRETED
 from nybble_kernels.triton.tiles import Tuning
 from nybble_models import paged
 from nybble_models.loader import Loader
@@ -31,9 +32,14 @@ TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 CACHE_TYPES = TYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
+def on_gpu() -> bool:
+    """Whether kernels run on a GPU: Triton's interpreter works on the CPU, whatever else there is."""
+    return torch.cuda.is_available() and not INTERPRETED.value
+
+
 def memory() -> int:
     """Bytes that may be used on the device."""
-    if not torch.cuda.is_available():
+    if not on_gpu():
         return available_memory()
     return int(torch.cuda.mem_get_info()[0] * HEADROOM)
 
@@ -41,7 +47,7 @@ def memory() -> int:
 def cache_limits(config: ServeConfig) -> dict[str, int]:
     """What `plan` should know of this device's cache: all the memory there is may hold it."""
     bits = 8 if config.kv_cache_dtype in ("int8", "fp8") else 16
-    if not torch.cuda.is_available():
+    if not on_gpu():
         return {"kv_bits": bits}
     return {"kv_bits": bits, "contexts": config.max_num_seqs, "cache_bytes": memory()}
 
@@ -73,7 +79,7 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
     runner = GpuRunner(timer("load", make), config.max_num_seqs)
     scheme = scheme_name(seen, loader)
     seen.clear()
-    timer("warm-up", lambda: warm_up(runner, config.max_num_seqs))
+    timer("warm-up", lambda: warm_up(runner, config.max_num_seqs, config.max_num_batched_tokens))
     dtype = str(settings.dtype).removeprefix("torch.")
     return Built(
         runner=runner,
@@ -89,7 +95,7 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
 
 def settings_of(config: ServeConfig, loader: Loader) -> Settings:
     """Types and tiles: the checkpoint's own 16-bit type unless one is asked for."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if on_gpu() else "cpu")
     chosen = config.dtype
     if chosen == "auto":
         stored = loader.source.config.get("dtype", loader.source.config.get("torch_dtype"))
@@ -121,9 +127,9 @@ def head_of(weights: Weights, config: ServeConfig) -> Weight:
     return quantize_rows(stored, next((g for g in (128, 64, 32) if stored.shape[1] % g == 0), None))
 
 
-def warm_up(runner: GpuRunner, max_batch: int) -> None:
+def warm_up(runner: GpuRunner, max_batch: int, max_tokens: int) -> None:
     """Compile what serving will launch, and capture batch 1; the other sizes follow when there is time."""
-    runner.prefill([0] * 16, 0, [0])
+    runner.prefill([0] * min(16, max_tokens), 0, [0])
     for rows in {1, min(17, max_batch), min(33, max_batch)}:
         runner.decode([0] * rows, [1] * rows, [[0]] * rows)
     runner.idle()
@@ -139,7 +145,8 @@ def read_bandwidth(device: torch.device) -> float:
         from nybble.engine.bandwidth import read_bandwidth as of_host
 
         return of_host(1)
-    probe = torch.ones(PROBE_BYTES // 4, device=device)
+    size = min(PROBE_BYTES, torch.cuda.mem_get_info(device)[0] // 2)  # the cache may hold the rest
+    probe = torch.ones(size // 4, device=device)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(PASSES + 1)]  # type: ignore[no-untyped-call]
     probe.sum()
     for mark in marks[:-1]:
@@ -148,4 +155,4 @@ def read_bandwidth(device: torch.device) -> float:
     marks[-1].record()
     torch.cuda.synchronize()
     times = [float(first.elapsed_time(second)) for first, second in pairwise(marks)]
-    return PROBE_BYTES / statistics.median(times) * 1000
+    return size / statistics.median(times) * 1000

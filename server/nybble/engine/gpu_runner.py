@@ -27,6 +27,7 @@ class GpuRunner:
         self._device = step.settings.device
         self._cuda = self._device.type == "cuda"
         scratch = step.scratch
+        self._weight_bytes = step.weight_bytes
         self._state = SampleState(max_batch, step.spec.vocab_size, max_batch, self._device)
         self._out = torch.zeros(PLACES, max_batch, dtype=torch.int32, device=self._device)
         self._inputs = [self._pinned(*scratch.inputs.shape) for _ in range(PLACES + 1)]
@@ -136,8 +137,8 @@ class GpuRunner:
             sent[2, index] = row.slot
             table = tuple(row.table)
             if self._held[index] != table:
-                self._held[index] = table
                 scratch.tables[index, : len(table)] = self._copied(np.array(table, dtype=np.int32))
+                self._held[index] = table
         for index, row in enumerate(rows):
             if not row.sample:
                 sent[2, index] = -1 - row.slot
@@ -188,7 +189,7 @@ class GpuRunner:
     @property
     def weight_bytes(self) -> dict[str, int]:
         """Bytes that one step reads, by kind."""
-        return self._step.weight_bytes
+        return self._weight_bytes
 
     def decode_bytes(self, positions: Sequence[int]) -> int:
         return sum(self.weight_bytes.values()) + self._step.kv_bytes(positions)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nybble_kernels import reference
 from nybble_kernels.triton.epilogue import Activate, Operand, Output, Residual, Store
-from nybble_kernels.triton.linear_f16 import default_cut_f16, linear_f16
-from nybble_kernels.triton.tiles import Tile
+from nybble_kernels.triton.linear_f16 import linear_f16
+from nybble_kernels.triton.tiles import Tile, default_cut
 from support_operand import empty_operand, operand_of, workspace_of
 from support_triton import assert_close, poisoned
 
@@ -150,4 +150,4 @@ def test_wide_tile_of_a_prompt(device: torch.device) -> None:
     [(12288, 4096, 2), (4096, 4096, 4), (128256, 4096, 1), (576, 576, 1), (768, 2048, 4)],
 )
 def test_default_parts_run_at_once(outputs: int, inputs: int, split: int) -> None:
-    assert default_cut_f16(outputs, inputs, "decode").split == split
+    assert default_cut("f16", outputs, inputs, "decode").split == split

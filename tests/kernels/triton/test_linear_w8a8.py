@@ -11,10 +11,11 @@ from torch import Tensor
 from nybble_kernels import reference
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_kernels.triton.epilogue import Activate, Operand, Output, Residual, Store
-from nybble_kernels.triton.linear_w8a8 import Packed8, default_cut_w8a8, linear_w8a8, pack8, pack_float8
+from nybble_kernels.triton.linear_w8a8 import linear_w8a8
 from nybble_kernels.triton.packing import UnsupportedLayout
+from nybble_kernels.triton.packing8 import Packed8, pack8, pack_float8
 from nybble_kernels.triton.quantize import QuantizedOperand, quantize_operand
-from nybble_kernels.triton.tiles import Tile
+from nybble_kernels.triton.tiles import Tile, default_cut
 from support_operand import empty_operand, operand_of, workspace_of
 from support_quantized import quantized
 from support_triton import assert_close, poisoned
@@ -221,10 +222,14 @@ def test_activation_after_the_product(tile: Tile, gated: bool, device: torch.dev
 
 @pytest.mark.parametrize("rows", [1, 5, 17])
 def test_every_cut_gives_the_same_bits(rows: int, device: torch.device) -> None:
-    """Sums of int8 are exact: alone or in a batch, on either way, with any parts of K."""
+    """Sums of int8 are exact: alone or in a batch, on either way, with the same parts of K."""
     packed, x = int8(64, 320), rows_of(rows, 320)
     source = operand_of(x, 80, device)
-    cuts = [Tile(columns=16, split=2), Tile(columns=64, unroll=1, stages=3), Tile(columns=1, split=2)]
+    cuts = [
+        Tile(columns=16, split=2),
+        Tile(columns=64, split=2, unroll=1, stages=3),
+        Tile(columns=1, split=2),
+    ]
     results = []
     for tile in cuts:
         y = poisoned(rows, 64, device=device)
@@ -232,7 +237,7 @@ def test_every_cut_gives_the_same_bits(rows: int, device: torch.device) -> None:
         results.append(y)
     assert all(torch.equal(y, results[0]) for y in results)
     alone = poisoned(1, 64, device=device)
-    run(packed, operand_of(x[-1:], 80, device), 1, Store(alone), Tile(columns=1))
+    run(packed, operand_of(x[-1:], 80, device), 1, Store(alone), Tile(columns=1, split=2))
     assert torch.equal(alone[0], results[0][-1])
 
 
@@ -269,4 +274,4 @@ def test_one_column_takes_int8_in_fours() -> None:
 
 @pytest.mark.parametrize(("outputs", "inputs", "split"), [(12288, 4096, 2), (4096, 11008, 4), (576, 576, 1)])
 def test_default_parts_run_at_once(outputs: int, inputs: int, split: int) -> None:
-    assert default_cut_w8a8(outputs, inputs, "decode").split == split
+    assert default_cut("w8a8", outputs, inputs, "decode").split == split
