@@ -102,8 +102,8 @@ def gate_up(m: Model, bits: int, pdl: bool, *, dtype: torch.dtype = torch.float1
     linear(weight, gated(m.inner, dtype), pdl, dtype=dtype, norm="rms", **settings)
 
 
-def down(m: Model, group: int, pdl: bool) -> None:
-    linear(packed(m.hidden, m.inner, group=group, zeros=False), residual(m.hidden), pdl)
+def down(m: Model, group: int, pdl: bool, **settings: Any) -> None:
+    linear(packed(m.hidden, m.inner, group=group, zeros=False), residual(m.hidden), pdl, **settings)
 
 
 def eight_bits(m: Model, dtype: torch.dtype, pdl: bool, **settings: Any) -> None:
@@ -241,6 +241,8 @@ ROW = Tile(columns=1, split=2)
 CHUNKED = {"rows": CHUNK, "phase": "prefill", "once": True}
 NEWEST = (90,)
 WIDE = {"registers": 255, "resident": 2, "per_weight": 5}  # sums of 64 rows
+PROMPT = {"rows": CHUNK, "phase": "prefill"}
+CHUNKS = {"registers": 255, "resident": 1, "per_weight": 6}  # sums of 128 rows
 CASES = [
     w4("qkv-llama2_7b", partial(qkv, LLAMA2_7B, 4)),
     w4("qkv-opt_6.7b", partial(layer_norm, OPT_7B), archs=NEWEST),
@@ -251,6 +253,7 @@ CASES = [
     w4("down-llama3.1_8b-groups_of_32", partial(down, LLAMA3_8B, 32), archs=NEWEST, early=1, per_weight=4),
     w4("gate_up-llama2_7b-8_bits", partial(gate_up, LLAMA2_7B, 8), bits=8),
     w4("qkv-llama2_7b-64_rows", partial(qkv, LLAMA2_7B, 4, rows=64), archs=NEWEST, **WIDE),
+    w4("down-llama3.1_8b-prefill", partial(down, LLAMA3_8B, 128, **PROMPT), archs=NEWEST, **CHUNKS),
     f16("head-llama3.1_8b", partial(head, LLAMA3_8B), Limits(resident=2)),
     f16("head-llama3.1_8b-64_rows", partial(head, LLAMA3_8B, rows=64), Limits(), NEWEST),
     f16("head-llama3.1_8b-prefill", partial(head, LLAMA3_8B, rows=CHUNK, phase="prefill"), PREFILL),

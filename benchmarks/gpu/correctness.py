@@ -16,7 +16,7 @@ import sys
 import paths
 from part import Part, begin, missing, parser
 
-TESTS = ("tests/kernels/triton", "tests/models/test_triton*.py")
+TESTS = ("tests/kernels/triton", "tests/models/test_triton*.py", "tests/engine/test_gpu.py")
 WORKERS = 12  # compiling is the processor's work
 TAIL = 30  # lines of the log that are shown
 

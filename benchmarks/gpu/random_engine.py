@@ -51,7 +51,9 @@ def random_engine(part: Part, folder: Path, model: str, kind: str, name: str) ->
     if part.dry:
         return tiny_engine(folder, ServeConfig(**shared, device="cpu", kernels="reference", threads=1))
     write_tokenizer(folder, MODELS[model].vocab_size)
-    config = ServeConfig(**shared, device="cuda", max_num_seqs=4, max_model_len=POSITIONS)
+    config = ServeConfig(
+        **shared, device="cuda", max_num_seqs=4, max_model_len=POSITIONS, max_num_batched_tokens=2048
+    )
     return device_engine(folder, config, RandomLoader(model, kind, part.device)), config
 
 

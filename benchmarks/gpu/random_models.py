@@ -89,8 +89,12 @@ def build(spec: ModelSpec, kind: str, device: str, *, context: int, chunk: int, 
         activation_bits=8 if kind == "W8A8" else 16,
         pdl=pdl,
     )
-    cache = Cache.allocate(spec, blocks + 1, BLOCK_SIZE, settings.dtype, where)
-    cache.kv.normal_()  # zeros would cost less power than numbers do
+
+    def cache() -> Cache:
+        made = Cache.allocate(spec, blocks + 1, BLOCK_SIZE, settings.dtype, where)
+        made.kv.normal_()  # zeros would cost less power than numbers do
+        return made
+
     weights = random_weights(spec, device)
     head = weights.embed if weights.head is None else weights.head.weight
     layers = repeated(random_block(spec, kind, device), spec.num_layers)

@@ -7,15 +7,20 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nybble_kernels.quantized import Weight, shape_of
+from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
 from nybble_models.errors import BrokenCheckpoint, UnsupportedModel
 from nybble_models.families import Family, family_of, spec_of
-from nybble_models.formats import awq
+from nybble_models.formats import awq, gptq
 from nybble_models.formats.codec import Codec
+from nybble_models.formats.overrides import for_linear
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Linear, Norm, Weights
 
-CODECS: dict[str, Codec] = {"awq": awq.AwqCodec()}
+CODECS: dict[str, tuple[Codec, ...]] = {
+    "awq": (awq.AwqCodec(),),
+    "gptq": (gptq.GptqCodec(),),
+}
+"""By `quant_method`; of several, a linear is read by the first whose first tensor it has."""
 
 
 class Source(Protocol):
@@ -41,12 +46,17 @@ class Loader:
         self.spec: ModelSpec = spec_of(source.config)
         self.family: Family = family_of(source.config)
         self.settings: Mapping[str, Any] = source.config.get("quantization_config") or {}
-        self.codec = self._codec()
+        self.codecs = self._codecs()
 
-    def _codec(self) -> Codec | None:
+    @property
+    def codec(self) -> Codec | None:
+        """None where the checkpoint is not quantized."""
+        return self.codecs[0] if self.codecs else None
+
+    def _codecs(self) -> tuple[Codec, ...]:
         method = self.settings.get("quant_method")
         if method is None:
-            return None
+            return ()
         if method not in CODECS:
             raise UnsupportedModel(
                 f"quantization method {method!r} is not supported", hint=f"supported: {', '.join(CODECS)}"
@@ -90,25 +100,28 @@ class Loader:
         return Weights(self.embed(), self.positions(), blocks, self.final_norm(), self.head())
 
     def _linear(self, name: str, shape: tuple[int, int], biased: bool) -> Linear:
-        weight: Weight
-        if self.codec is not None and f"{name}.{self.codec.names[0]}" in self.source:
-            stored = {n: self.source.tensor(f"{name}.{n}") for n in self.codec.names}
-            try:
-                weight = self.codec.decode(stored, self.settings)
-            except BrokenCheckpoint as error:
-                raise BrokenCheckpoint(f"{name}: {error}", error.hint) from None
-            if not bool(weight.scales.isfinite().all()):
-                raise BrokenCheckpoint(
-                    f"{name}.scales holds NaN or infinity", hint="quantize the model again"
-                )
-        else:
-            weight = self._shaped(f"{name}.weight", shape)
+        codec = next((c for c in self.codecs if f"{name}.{c.names[0]}" in self.source), None)
+        weight: Weight = (
+            self._shaped(f"{name}.weight", shape) if codec is None else self._decoded(name, codec)
+        )
         if shape_of(weight) != shape:
             raise BrokenCheckpoint(
                 f"{name}: expected {list(shape)}, found {list(shape_of(weight))}",
                 hint="config.json and the weights are not of one model",
             )
         return Linear(weight, self.source.tensor(f"{name}.bias") if biased else None)
+
+    def _decoded(self, name: str, codec: Codec) -> QuantizedTensor:
+        present = [n for n in codec.optional if f"{name}.{n}" in self.source]
+        stored = {n: self.source.tensor(f"{name}.{n}") for n in (*codec.names, *present)}
+        try:
+            weight = codec.decode(stored, for_linear(self.settings, name))
+        except BrokenCheckpoint as error:
+            raise BrokenCheckpoint(f"{name}: {error}", error.hint) from None
+        if not bool(weight.scales.isfinite().all()):
+            scales = next(n for n in codec.names if "scale" in n)
+            raise BrokenCheckpoint(f"{name}.{scales} holds NaN or infinity", hint="quantize the model again")
+        return weight
 
     def _norm(self, name: str) -> Norm:
         bias = f"{name}.bias"

@@ -40,11 +40,12 @@ class MemoryPlan:
         return self.weights + self.kv + self.workspace
 
 
-def weight_bytes(spec: ModelSpec, linears: Quantization, head_bits: int) -> int:
-    """Linears as quantized, the head at `head_bits`, an embedding of its own (unless tied) at 16 bits."""
+def weight_bytes(spec: ModelSpec, linears: Quantization, head_bits: int, apart: bool = False) -> int:
+    """Linears as quantized, the head at `head_bits`, an embedding of its own at 16 bits, unless it is tied
+    and not kept `apart`."""
     blocks = spec.num_layers * sum(linears.nbytes(*spec.shape(p)) for p in spec.projections)
     head = Quantization(head_bits).nbytes(spec.vocab_size, spec.hidden_size)
-    shared = spec.tied_head and head_bits < 16
+    shared = spec.tied_head and head_bits < 16 and not apart
     embedding = 0 if shared else Quantization().nbytes(spec.vocab_size, spec.hidden_size)
     return blocks + head + embedding
 
@@ -62,13 +63,14 @@ def plan(
     kv_bits: int = 16,
     contexts: int = AUTO_CONTEXTS,
     cache_bytes: int = AUTO_BYTES,
+    apart: bool = False,
 ) -> MemoryPlan:
     """Zero means automatic. `memory`: bytes that may be used; the cache shrinks to fit, never below one
     full-length sequence. An automatic cache holds `contexts` full-length sequences, or `cache_bytes`.
     Raises `MemoryError` when that is too much."""
     length = min(max_model_len or spec.max_positions, spec.max_positions)
     per_token = bytes_per_token(spec, kv_bits)
-    weights = weight_bytes(spec, linears, head_bits)
+    weights = weight_bytes(spec, linears, head_bits, apart)
     largest = max(math.prod(spec.shape(p)) for p in spec.projections)
     workspace = 4 * (3 * largest + max_batch_tokens * (4 * spec.hidden_size + 3 * spec.intermediate_size))
     tokens = kv_tokens or max(length, min(contexts * length, cache_bytes // per_token))
@@ -76,6 +78,10 @@ def plan(
         tokens = min(tokens, (memory - weights - workspace) // per_token)
     if not max_model_len:
         length = min(length, tokens)
+    if memory is not None and weights + workspace + tokens * per_token > memory and kv_tokens:
+        raise MemoryError(
+            f"{weights + workspace + tokens * per_token:,} bytes are needed for {tokens} tokens"
+        )
     if tokens < min(length, block_size) or tokens < max_model_len:
         raise MemoryError(
             f"{weights + workspace + length * per_token:,} bytes are needed for a sequence of {length} tokens"

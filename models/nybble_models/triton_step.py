@@ -71,12 +71,12 @@ class TritonStep:
         spec: ModelSpec,
         weights: Weights,
         blocks: Iterable[Block],
-        cache: Cache,
+        make_cache: Callable[[], Cache],
         head: Weight,
         settings: Settings,
         sizes: Sizes,
     ) -> None:
-        self.spec, self.cache, self.settings = spec, cache, settings
+        self.spec, self.settings = spec, settings
         norms: list[Norm] = []
         packed = [self._pack(layer, block, norms) for layer, block in enumerate(blocks)]
         norms.append(self._norm_on_device(weights.final_norm))
@@ -90,6 +90,7 @@ class TritonStep:
         self.positions = None if weights.positions is None else weights.positions.to(settings.device)
         self.cos, self.sin = self._angles()
         self.scratch = Scratch(spec, [*self._linears()], settings, sizes)
+        self.cache = make_cache()  # last: packing needs room, and the cache may take all that is left
 
     def _angles(self) -> tuple[Tensor | None, Tensor | None]:
         if self.spec.positions != "rotary":

@@ -52,7 +52,10 @@ class ServeConfig:
         "Model", (), "name that clients ask for; repeat for aliases"
     )
     quantization: str = _setting(
-        "Model", "awq", "how an unquantized model is quantized before serving", choices=("awq", "rtn", "none")
+        "Model",
+        "awq",
+        "how an unquantized model is quantized before serving",
+        choices=("awq", "gptq", "awq+gptq", "rtn", "none"),
     )
     bits: int = _setting("Model", 4, "bits per weight", low=2, high=8)
     group_size: int = _setting("Model", 64, "weights that share a scale", low=1, high=65536)

@@ -25,31 +25,40 @@ PHASES: tuple[Phase, ...] = ("decode", "prefill")
 
 
 def tune_model(
-    config: ServeConfig, rounds: int, output: Path | None, say: Callable[[str], None]
-) -> tuple[Tuning, Path]:
-    """Cuts for this GPU, those it had before included, and the file they belong in."""
+    config: ServeConfig, rounds: int, say: Callable[[str], None], save: Callable[[Tuning], None]
+) -> None:
+    """Cuts for this GPU, those it had before included, saved after every product."""
     if device_of(config) is not gpu:
         raise UsageError("tune: PyTorch finds no GPU", hint="run it on the machine that serves")
     directory = prepare(config, lambda phase, part: None)
     settings = gpu.settings_of(config, Loader(Checkpoint(directory)))
+    device, processors = gpu.device_name(settings.device), settings.tuning.processors
     cuts = dict(settings.tuning.cuts)
     with torch.inference_mode():
         for linear in distinct(first_layer(config, directory, settings)):
             for phase in PHASES:
-                best, times = fastest(linear, phase, settings.dtype, copies=copies_of(linear), rounds=rounds)
+                copies = copies_of(linear)
+                best, times = fastest(linear, phase, settings.dtype, copies=copies, rounds=rounds)
                 name = key(linear.kind, linear.outputs, linear.inputs, phase)
                 cuts[name] = best
-                say(f"{name}: {best}, {1e6 * times[best]:.1f} us ({len(times)} cuts)")
-    device = gpu.device_name(settings.device)
-    made = Tuning(device, settings.tuning.processors, cuts)
-    return made, output or gpu.tuned_folder(config) / file_name(device)
+                save(Tuning(device, processors, cuts))
+                say(f"{name}: {best}, {1e6 * times[best] / copies:.1f} us ({len(times)} cuts)")
+
+
+def default_file(config: ServeConfig) -> Path:
+    """Where `serve` looks for this GPU's cuts."""
+    device = torch.device("cuda" if gpu.on_gpu() else "cpu")
+    return gpu.tuned_folder(config) / file_name(gpu.device_name(device))
 
 
 def first_layer(config: ServeConfig, directory: Path, settings: Settings) -> TritonStep:
     """The model with one layer: it has every product there is."""
     loader = Loader(Checkpoint(directory))
     weights = Weights(loader.embed(), loader.positions(), [], loader.final_norm(), loader.head())
-    cache = Cache.allocate(loader.spec, 1, config.block_size, settings.dtype, settings.device)
+
+    def cache() -> Cache:
+        return Cache.allocate(loader.spec, 1, config.block_size, settings.dtype, settings.device)
+
     head = gpu.head_of(weights, config)
     return TritonStep(loader.spec, weights, [loader.block(0)], cache, head, settings, Sizes(1, 1, 1))
 

@@ -16,7 +16,7 @@ from nybble.engine.build import build_engine, device_of
 from nybble.engine.engine import Engine
 from nybble.engine.gpu_runner import bucket_of, buckets
 from nybble.errors import UsageError
-from nybble.tuning import tune_model
+from nybble.tuning import default_file, tune_model
 from nybble_kernels.triton.tiles import Cut, Tuning
 from nybble_models.checkpoint import Checkpoint
 from nybble_models.decoder import Decoder
@@ -148,8 +148,11 @@ def test_tuning_writes_what_serving_reads(
     config = ServeConfig(
         model=str(folder), kernels="triton" if INTERPRETED else "auto", cache_dir=str(tmp_path)
     )
-    table, path = tune_model(config, 1, None, lines.append)
-    assert path.parent == tmp_path / "tuned"
+    saved: list[Tuning] = []
+    tune_model(config, 1, lines.append, saved.append)
+    assert len(saved) == len(lines), "what was found is kept after every product"
+    table = saved[-1]
+    assert default_file(config).parent == tmp_path / "tuned"
     assert {name.split()[0] for name in table.cuts} == {"w4a16", "w8a16"}
     assert len(lines) == len(table.cuts) == 2 * len({name.rsplit(" ", 1)[0] for name in table.cuts})
     again = Tuning.from_json(json.loads(json.dumps(table.as_json())))

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from nybble_kernels.quantized import dense
+from nybble_kernels.torch_cpu import quantize_rows
 from nybble_kernels.triton.tiles import Tuning
 from nybble_models.decoder import Decoder
 from nybble_models.triton_memory import Cache, Sizes
@@ -35,7 +37,11 @@ def model(family: str, group_size: int | None = 64) -> tuple[Decoder, Weights]:
 
 
 def step_of(
-    decoder: Decoder, weights: Weights, dtype: torch.dtype = torch.float16, cache: torch.dtype | None = None
+    decoder: Decoder,
+    weights: Weights,
+    dtype: torch.dtype = torch.float16,
+    cache: torch.dtype | None = None,
+    activation_bits: int = 16,
 ) -> TritonStep:
     spec = decoder.spec
     head = weights.embed if weights.head is None else weights.head.weight
@@ -45,9 +51,9 @@ def step_of(
         spec,
         weights,
         weights.blocks,
-        Cache.allocate(spec, 9, 16, cache or dtype, DEVICE),
+        lambda: Cache.allocate(spec, 9, 16, cache or dtype, DEVICE),
         head,
-        Settings(DEVICE, dtype, tuning, pdl=pdl),
+        Settings(DEVICE, dtype, tuning, activation_bits, pdl),
         Sizes(batch=4, chunk=32, blocks=len(TABLE)),
     )
 
@@ -121,6 +127,20 @@ def test_float_weights() -> None:
     tokens = tokens_of(6)
     step = step_of(decoder, weights)
     assert relative_rmse(prefill(step, tokens, 0), decoder.forward(tokens)) < LIMIT[torch.float16]
+
+
+def test_8_bit_weights_and_activations() -> None:
+    """Every product quantizes its input, that of `o` too, which no epilogue has measured."""
+    decoder, weights = model("llama", None)
+    for block in weights.blocks:
+        for name, linear in block.linears.items():
+            block.linears[name] = Linear(quantize_rows(dense(linear.weight), None), linear.bias)
+    tokens = tokens_of(6)
+    truth = decoder.forward(tokens)
+    step = step_of(decoder, weights, activation_bits=8)
+    assert {linear.kind for layer in step.layers for linear in layer.linears()} == {"w8a8"}
+    assert relative_rmse(prefill(step, tokens[:5], 0), truth[:5]) < 0.05
+    assert relative_rmse(decode(step, [(int(tokens[5]), 5, TABLE)]), truth[5:]) < 0.05
 
 
 def test_act_order_and_mixed_kinds() -> None:

@@ -117,6 +117,8 @@ def write_operand(
     """Store u [TILE, BM] and the statistics of x and u over this tile of columns."""
     TILES: tl.constexpr = (COLUMNS + TILE - 1) // TILE
     held = n[:, None] < COLUMNS
+    if operand.dtype.element_ty == tl.float16:  # no norm has shrunk it yet
+        u = tl.clamp(u, -65504.0, 65504.0)
     u = u.to(operand.dtype.element_ty)
     tl.store(operand + mm[None, :] * COLUMNS + n[:, None], u, mask=held & (mm[None, :] < M))
     if stats is not None:

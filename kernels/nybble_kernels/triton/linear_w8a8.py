@@ -111,7 +111,7 @@ def load_words(rows, word, WORDS: tl.constexpr, BW: tl.constexpr):
         return tl.load(at, mask=word[None, :] < WORDS, other=0, eviction_policy="evict_first")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "each"])
 def row_kernel(
     x, x_scales, static, words, scales, partial, counters,
     in_stats, colsum, bias, y, residual, weight, out_stats, M, each,
@@ -182,7 +182,7 @@ def add_tile(acc, w, u, inverse, CLIP: tl.constexpr):
             return tl.dot(w, u, acc, max_num_imprecise_acc=128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def kernel(
     x, x_scales, static, matrix, scales, partial, counters,
     in_stats, colsum, bias, y, residual, weight, out_stats, M,

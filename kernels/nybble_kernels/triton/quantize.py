@@ -92,7 +92,7 @@ def scales_of(
         return ones * static, ones / static
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def operand_kernel(
     x, stats, static, values, scales, M,
     K: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, STRIDE: tl.constexpr,
@@ -169,7 +169,7 @@ def quantize_operand(
         K=operand.width,
         BLOCK=BLOCK,
         TILE=operand.tile,
-        STRIDE=operand.stats.shape[2],
+        STRIDE=operand.stats.stride(1),
         NORM=NORMS[operand.norm],
         EPS=operand.eps,
         PDL=pdl,

@@ -25,6 +25,7 @@ class AwqCodec:
 
     method = "awq"
     names = ("qweight", "qzeros", "scales")
+    optional = ()
 
     def decode(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedTensor:
         bits = settings.get("bits", settings.get("w_bit", BITS))

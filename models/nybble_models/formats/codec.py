@@ -23,6 +23,11 @@ class Codec(Protocol):
         """The tensors that a quantized linear consists of, bias aside."""
         ...
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Tensors that may be there too."""
+        ...
+
     def decode(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedTensor:
         """Raises `BrokenCheckpoint` when shapes or settings contradict each other."""
         ...

@@ -24,7 +24,9 @@ def quantize(
     /,
     *,
     output: Annotated[Path, Parameter(name=("--output", "-o"), help="folder to write; it must not exist")],
-    method: Annotated[Literal["awq", "rtn"], Parameter(help="how to choose the codes")] = "awq",
+    method: Annotated[
+        Literal["awq", "gptq", "awq+gptq", "rtn"], Parameter(help="how to choose the codes")
+    ] = "awq",
     bits: Annotated[int, Parameter(help="bits per weight")] = 4,
     group_size: Annotated[int, Parameter(help="weights that share a scale; -1: a whole row")] = 64,
     symmetric: Annotated[bool, Parameter(help="leave out zero points", negative="--asymmetric")] = False,

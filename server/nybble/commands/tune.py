@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from nybble.config import ServeConfig
+
+if TYPE_CHECKING:
+    from nybble_kernels.triton.tiles import Tuning
 
 
 def tune(
@@ -22,12 +25,16 @@ def tune(
     rounds: Annotated[int, Parameter(help="measurements of each candidate")] = 5,
 ) -> None:
     """Try every cut of every distinct product of a model on the GPU; the fastest go into a file."""
-    from nybble.tuning import tune_model
+    from nybble.tuning import default_file, tune_model
 
     config = ServeConfig(model=model)
-    table, path = tune_model(config, rounds, output, lambda line: print(line, file=sys.stderr, flush=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(table.as_json(), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    path = output or default_file(config)
+
+    def save(table: Tuning) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(table.as_json(), indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    tune_model(config, rounds, lambda line: print(line, file=sys.stderr, flush=True), save)
     print(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,8 @@ from nybble_models import paged
 from nybble_models.checkpoint import Checkpoint, read_json
 from nybble_models.loader import Loader
 from nybble_models.plan import MemoryPlan, Quantization, plan
+
+log = logging.getLogger("nybble.engine")
 
 
 def build_engine(config: ServeConfig, progress: Progress) -> Engine:
@@ -42,13 +45,22 @@ def build_engine(config: ServeConfig, progress: Progress) -> Engine:
     return engine
 
 
+def usable_gpu() -> bool:
+    """NVIDIA's, of compute capability 8.0 or later: the kernels hold its instructions."""
+    return (
+        torch.cuda.is_available()
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability() >= (8, 0)
+    )
+
+
 def device_of(config: ServeConfig) -> ModuleType:
     """The module that builds for the chosen device; "auto" takes a GPU where Triton can use one."""
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     interpreted = config.kernels == "triton" and interpreting
-    found = torch.cuda.is_available() and not interpreting
+    found = usable_gpu() and not interpreting
     if config.device == "cuda" and not found:
-        why = "TRITON_INTERPRET=1 keeps kernels on the CPU" if interpreting else "PyTorch finds no GPU"
+        why = "TRITON_INTERPRET=1 keeps off it" if usable_gpu() else "PyTorch finds no GPU of sm_80 or later"
         raise UsageError(f"device: cuda was asked for, and {why}", hint="--device cpu")
     if config.kernels == "triton" and not interpreted and (not found or config.device == "cpu"):
         why = "--device is cpu" if found else "PyTorch finds none"
@@ -65,6 +77,7 @@ def device_of(config: ServeConfig) -> ModuleType:
         from nybble.engine import gpu
     except ImportError as error:
         if config.device == "auto" and config.kernels == "auto":
+            log.warning("the GPU is not used: %s (pip install 'nybble[gpu]')", error)
             return cpu
         raise UsageError(f"device: {error}", hint="pip install 'nybble[gpu]'") from None
     return gpu

@@ -34,7 +34,7 @@ CACHE_TYPES = TYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 def on_gpu() -> bool:
     """Whether kernels run on a GPU: Triton's interpreter works on the CPU, whatever else there is."""
-    return torch.cuda.is_available() and not INTERPRETED.value
+    return torch.cuda.is_available() and not bool(INTERPRETED.value)
 
 
 def memory() -> int:
@@ -48,17 +48,19 @@ def cache_limits(config: ServeConfig) -> dict[str, int]:
     """What `plan` should know of this device's cache: all the memory there is may hold it."""
     bits = 8 if config.kv_cache_dtype in ("int8", "fp8") else 16
     if not on_gpu():
-        return {"kv_bits": bits}
-    return {"kv_bits": bits, "contexts": config.max_num_seqs, "cache_bytes": memory()}
+        return {"kv_bits": bits, "apart": True}
+    return {"kv_bits": bits, "apart": True, "contexts": config.max_num_seqs, "cache_bytes": memory()}
 
 
 def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer) -> Built:
     spec = loader.spec
     settings = settings_of(config, loader)
     cache_type = CACHE_TYPES.get(config.kv_cache_dtype, settings.dtype)
-    cache = Cache.allocate(
-        spec, planned.kv_tokens // config.block_size, config.block_size, cache_type, settings.device
-    )
+
+    def cache() -> Cache:
+        blocks = planned.kv_tokens // config.block_size
+        return Cache.allocate(spec, blocks, config.block_size, cache_type, settings.device)
+
     sizes = Sizes(
         config.max_num_seqs, config.max_num_batched_tokens, -(-planned.max_model_len // config.block_size)
     )
@@ -130,6 +132,7 @@ def head_of(weights: Weights, config: ServeConfig) -> Weight:
 def warm_up(runner: GpuRunner, max_batch: int, max_tokens: int) -> None:
     """Compile what serving will launch, and capture batch 1; the other sizes follow when there is time."""
     runner.prefill([0] * min(16, max_tokens), 0, [0])
+    runner.score([0], 0, [0])
     for rows in {1, min(17, max_batch), min(33, max_batch)}:
         runner.decode([0] * rows, [1] * rows, [[0]] * rows)
     runner.idle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
@@ -15,6 +16,8 @@ from nybble.engine.runner import Drawn, Row, Table, Ticket
 from nybble_kernels.triton.sample import sample
 from nybble_kernels.triton.sample_state import SampleState, Settings
 from nybble_models.triton_step import TritonStep
+
+log = logging.getLogger("nybble.engine")
 
 PLACES = 2  # steps whose results are not read yet
 
@@ -172,8 +175,13 @@ class GpuRunner:
         """Capture one more bucket, smallest first; whether there are more to capture."""
         if not self._cuda or not self._buckets:
             return False
-        with torch.inference_mode():
-            self._capture(self._buckets.popleft())
+        bucket = self._buckets.popleft()
+        try:
+            with torch.inference_mode():
+                self._capture(bucket)
+        except RuntimeError:  # out of memory, say: what is not captured is launched kernel by kernel
+            log.exception("a step of %d could not be captured; it and larger ones run slower", bucket)
+            self._buckets.clear()
         return bool(self._buckets)
 
     def _capture(self, bucket: int) -> None:

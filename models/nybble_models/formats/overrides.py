@@ -1,0 +1,54 @@
+"""What `quantization_config` says of one linear: methods put per-layer settings in places of their own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Settings = Mapping[str, Any]
+
+
+def for_linear(settings: Settings, name: str) -> Settings:
+    """The common settings, with those of this linear over them.
+
+    GPTQ's `dynamic` is {"+:regex": changes, "-:regex": {}}, the first match counts. Of the `config_groups` of
+    compressed-tensors, one whose target names the linear comes before one that means every Linear.
+    """
+    if "config_groups" in settings:
+        return {**settings, **_group(settings["config_groups"].values(), name)}
+    for pattern, changes in (settings.get("dynamic") or {}).items():
+        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+            return settings if pattern.startswith("-:") else {**settings, **changes}
+    return settings
+
+
+def _group(groups: Iterable[Settings], name: str) -> Settings:
+    found = list(groups)
+    named = [g for g in found if any(_means(target, name) for target in g.get("targets", ()))]
+    general = [g for g in found if "Linear" in g.get("targets", ())]
+    return next(iter(named or general or found), {})
+
+
+def _means(target: str, name: str) -> bool:
+    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The rule, exceptions aside. `group_size` is None where a row has one scale; unknown is None too."""
+
+    bits: int | None
+    group_size: int | None
+    symmetric: bool | None
+
+
+def summary(settings: Settings) -> Summary:
+    """AWQ, GPTQ and compressed-tensors each spell these in their own way."""
+    if "config_groups" in settings:
+        weights = for_linear(settings, "").get("weights") or {}
+        return Summary(weights.get("num_bits"), weights.get("group_size"), weights.get("symmetric", True))
+    group = settings.get("group_size")
+    symmetric = not settings["zero_point"] if "zero_point" in settings else settings.get("sym")
+    return Summary(settings.get("bits"), group if group and group > 0 else None, symmetric)
