@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from nybble.config import ServeConfig
+from nybble.errors import UsageError
 
 if TYPE_CHECKING:
     from nybble_kernels.triton.tiles import Tuning
@@ -25,8 +26,10 @@ def tune(
     rounds: Annotated[int, Parameter(help="measurements of each candidate")] = 5,
 ) -> None:
     """Try every cut of every distinct product of a model on the GPU; the fastest go into a file."""
-    from nybble.tuning import default_file, tune_model
-
+    try:
+        from nybble.tuning import default_file, tune_model
+    except ImportError as error:
+        raise UsageError(f"tune: {error}", hint="pip install 'nybble[gpu]'") from None
     config = ServeConfig(model=model)
     path = output or default_file(config)
 
