@@ -81,7 +81,8 @@ def of_kind(weight: PackedWeight | Packed8 | Tensor) -> tuple[str, Callable[...,
     if isinstance(weight, Tensor):
         return "f16", linear_f16, *weight.shape
     if isinstance(weight, Packed8):
-        return "w8a8", linear_w8a8, weight.outputs, weight.inputs
+        kind = "w8a8" if weight.values.dtype == torch.int8 else "fp8"
+        return kind, linear_w8a8, weight.outputs, weight.inputs
     return f"w{weight.bits}a16", linear_w4a16, weight.outputs, weight.inputs
 
 
@@ -237,7 +238,6 @@ W8A8 = Limits(resident=3)
 INT8 = {80: "IMMA", 90: "IGMMA", 100: "IMMA"}  # Triton has no tcgen05 form for int8
 FLOAT8 = {90: "QGMMA", 100: "UTCQMMA"}
 DP4A = dict.fromkeys(ARCHS, "IDP")
-ROW = Tile(columns=1, split=2)
 CHUNKED = {"rows": CHUNK, "phase": "prefill", "once": True}
 NEWEST = (90,)
 WIDE = {"registers": 255, "resident": 2, "per_weight": 5}  # sums of 64 rows
@@ -257,8 +257,13 @@ CASES = [
     f16("head-llama3.1_8b", partial(head, LLAMA3_8B), Limits(resident=2)),
     f16("head-llama3.1_8b-64_rows", partial(head, LLAMA3_8B, rows=64), Limits(), NEWEST),
     f16("head-llama3.1_8b-prefill", partial(head, LLAMA3_8B, rows=CHUNK, phase="prefill"), PREFILL),
-    w8a8("gate_up-llama2_7b", partial(eight_bits, LLAMA2_7B, torch.int8), W8A8, INT8),
-    w8a8("gate_up-llama2_7b-dp4a", partial(eight_bits, LLAMA2_7B, torch.int8, tile=ROW), W8A8, DP4A),
+    w8a8("gate_up-llama2_7b", partial(eight_bits, LLAMA2_7B, torch.int8), W8A8.but(per_weight=1.3), DP4A),
+    w8a8(
+        "gate_up-llama2_7b-8_rows",
+        partial(eight_bits, LLAMA2_7B, torch.int8, rows=8),
+        W8A8.but(registers=168),
+        INT8,
+    ),
     w8a8("gate_up-llama2_7b-fp8", partial(eight_bits, LLAMA2_7B, torch.float8_e4m3fn), W8A8, FLOAT8),
     w8a8("gate_up-llama2_7b-prefill", partial(eight_bits, LLAMA2_7B, torch.int8, **CHUNKED), PREFILL, INT8),
     attention("llama2_7b", partial(attend, LLAMA2_7B, torch.float16), 16),

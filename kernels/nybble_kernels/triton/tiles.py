@@ -55,17 +55,20 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Habit:
-    """How a kernel likes to be cut: inputs of a part of K at least, programs on a multiprocessor, stages."""
+    """How a kernel likes to be cut: inputs of a part of K at least, programs on a multiprocessor, stages, and
+    whether one row goes through `dp4a`, which takes fewer instructions a weight than tensor cores do."""
 
     depth: int
     resident: int
     stages: int
+    single: bool = False
 
 
 HABITS = {
     "w4a16": Habit(512, 6, 1),
     "w8a16": Habit(512, 4, 1),
-    "w8a8": Habit(1024, 3, 3),
+    "w8a8": Habit(1024, 3, 3, single=True),
+    "fp8": Habit(1024, 3, 3),
     "f16": Habit(512, 3, 3),
 }
 """Residents as the compiler's registers and shared memory allow (docs/kernels_aot.md); not measured yet."""
@@ -127,7 +130,7 @@ def default_cut(kind: str, outputs: int, inputs: int, phase: Phase, processors: 
     split = 1
     while tiles * split * 2 <= habit.resident * processors and inputs >= 2 * split * habit.depth:
         split *= 2
-    return Cut(split=split, stages=habit.stages)
+    return Cut(split=split, stages=habit.stages, single=habit.single)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
