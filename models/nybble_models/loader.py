@@ -10,7 +10,7 @@ from torch import Tensor
 from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
 from nybble_models.errors import BrokenCheckpoint, UnsupportedModel
 from nybble_models.families import Family, family_of, spec_of
-from nybble_models.formats import awq, gptq
+from nybble_models.formats import awq, compressed_tensors, gptq
 from nybble_models.formats.codec import Codec
 from nybble_models.formats.overrides import for_linear
 from nybble_models.spec import ModelSpec
@@ -19,6 +19,7 @@ from nybble_models.weights import Block, Linear, Norm, Weights
 CODECS: dict[str, tuple[Codec, ...]] = {
     "awq": (awq.AwqCodec(),),
     "gptq": (gptq.GptqCodec(),),
+    "compressed-tensors": (compressed_tensors.PackQuantizedCodec(), compressed_tensors.IntQuantizedCodec()),
 }
 """By `quant_method`; of several, a linear is read by the first whose first tensor it has."""
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from nybble.errors import CheckpointError, UsageError
 from nybble_models.families import Family, family_of, spec_of
+from nybble_models.formats.overrides import summary
 from nybble_models.spec import ModelSpec
 
 KV_BYTES = 2  # bfloat16 or float16
@@ -97,7 +98,7 @@ def _inspection(
     for tensor in tensors:
         sizes[kind_of(tensor.name, family)] += tensor.nbytes
         dtypes[tensor.dtype] += 1
-    zero_point = settings.get("zero_point")
+    rule = summary(settings)
     return Inspection(
         path=str(path),
         format=format,
@@ -105,8 +106,8 @@ def _inspection(
         method=method,
         parameters=spec.parameters,
         bits=8 * sum(sizes.values()) / spec.parameters,
-        group_size=settings.get("group_size"),
-        symmetric=None if zero_point is None else not zero_point,
+        group_size=rule.group_size,
+        symmetric=rule.symmetric,
         dtypes=dict(dtypes.most_common()),
         bytes=dict(sizes.most_common()),
         layers=spec.num_layers,

@@ -1,4 +1,4 @@
-"""Levels of 2 to 8 bits as one stream of bits in int32 words: the packing that GPTQ and compressed-tensors share.
+"""Levels of 2 to 8 bits as one stream of bits in int32 words: how GPTQ and compressed-tensors pack.
 
     bit b of level c of a row is bit (c * bits + b) of the row; bit n lies in word n // 32 at place n % 32
 
@@ -26,7 +26,7 @@ def whole(bits: int) -> int:
 
 
 def pack(levels: Tensor, bits: int) -> Tensor:
-    """uint8 [R, C] with values below 2**bits -> int32 [R, words(C, bits)], the last word filled with zeros."""
+    """uint8 [R, C] below 2**bits -> int32 [R, words(C, bits)], the last word filled up with zeros."""
     rows, count = levels.shape
     eights = F.pad(levels, (0, -count % 32)).reshape(rows, -1, 8)
     data = levels.new_zeros(rows, eights.shape[1], bits)

@@ -1,4 +1,4 @@
-"""GPTQ: levels as bits along the inputs, integer zeros along the outputs (Frantar et al. 2023; AutoGPTQ's files).
+"""GPTQ: levels as bits along the inputs, zeros along the outputs (Frantar et al. 2023; AutoGPTQ's files).
 
     qweight int32 [K·b/32, N] · qzeros int32 [G, N·b/32] · scales float16 [G, N] · g_idx int32 [K]
 
@@ -22,14 +22,9 @@ from nybble_models.errors import BrokenCheckpoint
 from nybble_models.formats import act_order, bitstream
 
 WIDTHS = (2, 3, 4, 8)
-ONES = {  # a one in every level of a word, by the number of the word
-    2: (0x55555555,),
-    3: (0x49249249, 0x92492492, 0x24924924),
-    4: (0x11111111,),
-    8: (0x01010101,),
-}
+ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every level of a word
 EXCHANGED = (0x00000000, 0xB6DB6DB7, 0x49249249)
-"""The symmetric 3-bit zero in GPTQModel's v1: it takes its ones for words 0 and 2 from each other."""
+"""The symmetric 3-bit zero of older GPTQModels in v1: they mixed up the ones of words 0 and 2."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class GptqCodec:
         bits = _bits(settings)
         qweight, qzeros, scales = (tensors[name] for name in self.names)
         inputs, outputs = qweight.shape[0] * 32 // bits, qweight.shape[1]
-        group = settings.get("group_size", -1)
+        group = settings.get("group_size") or -1
         size = min(group, inputs) if group > 0 else inputs
         groups = -(-inputs // size)
         if (
@@ -114,7 +109,7 @@ class GptqCodec:
     def settings(
         self, bits: int, group_size: int, symmetric: bool, skipped: tuple[str, ...]
     ) -> dict[str, Any]:
-        left_out = {"dynamic": {f"-:^{re.escape(name)}$": {} for name in skipped}} if skipped else {}
+        left_out: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in skipped}
         return {
             "quant_method": self.method,
             "bits": bits,
@@ -125,7 +120,7 @@ class GptqCodec:
             "true_sequential": True,
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "pack_dtype": "int32",
-        } | left_out
+        } | ({"dynamic": left_out} if skipped else {})
 
 
 def _bits(settings: Mapping[str, Any]) -> int:
@@ -154,28 +149,24 @@ def _zeros(qzeros: Tensor, bits: int, outputs: int, settings: Mapping[str, Any])
     if settings.get("sym", True):
         if bool((stored == middle).all()) or bool((stored == middle - 1).all()):
             return None
-        if bits == 3 and torch.equal(qzeros, _repeated(EXCHANGED, qzeros)):
+        if bits == 3 and _exchanged(qzeros):
             return None
-    if _layout(settings) == "gptq":
-        return bitstream.unpack(_plus_one(qzeros, bits), bits, outputs)
-    return stored
+    if _layout(settings) == "gptq_v2":
+        return stored
+    if bits == 3:
+        return (stored + 1) & 7
+    return bitstream.unpack(_plus_one(qzeros, ONES[bits]), bits, outputs)
 
 
-def _plus_one(qzeros: Tensor, bits: int) -> Tensor:
+def _plus_one(qzeros: Tensor, ones: int) -> Tensor:
     """One more in each level, adding whole words as GPTQModel does.
 
     Its writer subtracts whole words, so a zero 0 has borrowed from its neighbour, and this gives it back.
     """
-    return _signed(qzeros.to(torch.int64) + _repeated(ONES[bits], qzeros))
+    total = (qzeros.to(torch.int64) + ones) & 0xFFFFFFFF
+    return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
 
 
-def _repeated(pattern: tuple[int, ...], like: Tensor) -> Tensor:
-    """int32 [G, W]: `pattern` over and over along each row."""
-    row = torch.tensor(pattern).repeat(-(-like.shape[1] // len(pattern)))[: like.shape[1]]
-    return _signed(row).expand_as(like)
-
-
-def _signed(values: Tensor) -> Tensor:
-    """int64 modulo 2**32 -> int32 with those bits."""
-    low = values & 0xFFFFFFFF
-    return torch.where(low >= 2**31, low - 2**32, low).to(torch.int32)
+def _exchanged(qzeros: Tensor) -> bool:
+    found = qzeros.to(torch.int64) & 0xFFFFFFFF
+    return qzeros.shape[1] % 3 == 0 and bool((found.reshape(-1, 3) == torch.tensor(EXCHANGED)).all())

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nybble_models.errors import BrokenCheckpoint
+
 Settings = Mapping[str, Any]
 
 
@@ -19,7 +21,7 @@ def for_linear(settings: Settings, name: str) -> Settings:
     if "config_groups" in settings:
         return {**settings, **_group(settings["config_groups"].values(), name)}
     for pattern, changes in (settings.get("dynamic") or {}).items():
-        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+        if _matches(pattern.removeprefix("+:").removeprefix("-:"), name):
             return settings if pattern.startswith("-:") else {**settings, **changes}
     return settings
 
@@ -32,7 +34,17 @@ def _group(groups: Iterable[Settings], name: str) -> Settings:
 
 
 def _means(target: str, name: str) -> bool:
-    return bool(re.match(target[3:], name)) if target.startswith("re:") else target == name
+    return _matches(target[3:], name) if target.startswith("re:") else target == name
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(pattern, name) is not None
+    except re.error as error:
+        raise BrokenCheckpoint(
+            f"quantization_config holds the pattern {pattern!r}, which is none ({error})",
+            hint="mend config.json, or download it again",
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from nybble.errors import UsageError
 from nybble.prepare import prepare
 from nybble_models import paged
 from nybble_models.checkpoint import Checkpoint, read_json
+from nybble_models.formats.overrides import summary
 from nybble_models.loader import Loader
 from nybble_models.plan import MemoryPlan, Quantization, plan
 
@@ -87,8 +88,9 @@ def _plan(config: ServeConfig, loader: Loader, device: ModuleType) -> MemoryPlan
     settings = loader.settings
     linears = Quantization()
     if settings:
-        bits = int(settings.get("bits", 4))
-        linears = Quantization(bits, int(settings.get("group_size", 128)), 16 + bits)
+        rule = summary(settings)
+        bits = 4 if (rule.bits or 4) <= 4 else 8  # what kernels store
+        linears = Quantization(bits, rule.group_size or 0, 16 + bits)
     limit = loader.spec.max_positions
     if config.max_model_len > limit:
         raise UsageError(

@@ -57,5 +57,6 @@ def scheme_name(blocks: Iterable[Block], loader: Loader) -> str:
             if isinstance(linear.weight, QuantizedTensor):
                 w = linear.weight
                 kind = "symmetric" if w.symmetric else "asymmetric"
-                return f"{loader.settings.get('quant_method')} int{w.bits} g{w.group_size} {kind}"
+                order = "" if w.permutation is None else " act-order"
+                return f"{loader.settings.get('quant_method')} int{w.bits} g{w.group_size} {kind}{order}"
     return "none"

@@ -1,0 +1,221 @@
+"""compressed-tensors (llm-compressor's and vLLM's files): levels packed into int32, or plain int8.
+
+    pack-quantized  weight_packed int32 [N, ceil(K·b/32)] · weight_scale [N, G] · weight_shape int64 (N, K)
+                    asymmetric: weight_zero_point int32 [ceil(N·b/32), G], packed along the outputs
+    int-quantized   weight int8 [N, K] · weight_scale [N, G] · asymmetric: weight_zero_point int8 [N, G]
+
+Values are signed. Packed ones are stored as `q + 2**(b-1)`, levels of a `bitstream`; int8 ones as they are.
+So weight_packed is GPTQ's qweight transposed. G is 1 for a scale a row; a scale of one element is the whole
+tensor's. Activations of int-quantized files (W8A8) are not rounded here: the same weights, finer inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble_kernels.quantized import QuantizedTensor
+from nybble_models.errors import BrokenCheckpoint
+from nybble_models.formats import act_order, bitstream
+
+WIDTHS = range(2, 9)
+TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+
+Settings = Mapping[str, Any]
+
+
+class _CompressedTensors:
+    method = "compressed-tensors"
+    format: str
+    activations: Mapping[str, Any] | None = None
+
+    def fits(self, shape: tuple[int, int], bits: int, group_size: int) -> str | None:
+        if shape[1] % group_size:
+            return f"{shape[1]} inputs are not a multiple of the group size {group_size}"
+        return None
+
+    def _check(self, weight: QuantizedTensor) -> None:
+        reason = self.fits(weight.shape, weight.bits, weight.group_size)
+        if weight.minimums is not None:
+            reason = "compressed-tensors holds integer zero points, not real minimums"
+        if weight.permutation is not None:
+            reason = "compressed-tensors holds weights in input order only"
+        if reason:
+            raise ValueError(reason)
+
+    def settings(
+        self, bits: int, group_size: int, symmetric: bool, skipped: tuple[str, ...]
+    ) -> dict[str, Any]:
+        weights = {
+            "num_bits": bits,
+            "type": "int",
+            "symmetric": symmetric,
+            "strategy": "group" if group_size > 0 else "channel",
+            "group_size": group_size if group_size > 0 else None,
+            "dynamic": False,
+        }
+        return {
+            "quant_method": self.method,
+            "format": self.format,
+            "quantization_status": "compressed",
+            "ignore": ["lm_head", *skipped],
+            "kv_cache_scheme": None,
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": weights,
+                    "input_activations": self.activations,
+                    "output_activations": None,
+                    "format": self.format,
+                }
+            },
+        }
+
+
+class PackQuantizedCodec(_CompressedTensors):
+    """2 to 8 bits in words, for float activations (W4A16, W8A16)."""
+
+    format = "pack-quantized"
+    names = ("weight_packed", "weight_scale", "weight_shape")
+    optional = ("weight_zero_point", "weight_g_idx")
+
+    def decode(self, tensors: Mapping[str, Tensor], settings: Settings) -> QuantizedTensor:
+        bits, symmetric = _weights(settings)
+        packed, scale, shape = (tensors[name] for name in self.names)
+        outputs, inputs = (int(n) for n in shape)
+        if packed.dtype != torch.int32 or list(packed.shape) != [outputs, bitstream.words(inputs, bits)]:
+            raise BrokenCheckpoint(
+                f"weight_packed is {list(packed.shape)}, which is not [{outputs}, {inputs}] at {bits} bits",
+                hint="is quantization_config of another model? else download the checkpoint again",
+            )
+        scales, group = _scales(scale, outputs, inputs, settings)
+        zero = None if symmetric else tensors.get("weight_zero_point")
+        if zero is not None and zero.dtype == torch.int32:
+            zero = bitstream.unpack(zero.T, bits, outputs).T
+        elif zero is not None:
+            zero = _levels(zero, bits)
+        weight = QuantizedTensor(
+            bitstream.unpack(packed, bits, inputs), scales, bits, group, _zeros(zero, scales, bits, symmetric)
+        )
+        order = tensors.get("weight_g_idx")
+        return weight if order is None or int(order.min()) < 0 else act_order.in_groups(weight, order)
+
+    def encode(self, weight: QuantizedTensor) -> dict[str, Tensor]:
+        self._check(weight)
+        stored = {
+            "weight_packed": bitstream.pack(weight.codes, weight.bits),
+            "weight_scale": _exact(weight.scales),
+            "weight_shape": torch.tensor(weight.shape),
+        }
+        if weight.zeros is not None:
+            stored["weight_zero_point"] = bitstream.pack(weight.zeros.T, weight.bits).T.contiguous()
+        return stored
+
+
+class IntQuantizedCodec(_CompressedTensors):
+    """Weights as int8, for activations rounded to 8 bits token by token where an engine can (W8A8)."""
+
+    format = "int-quantized"
+    names = ("weight_scale", "weight")
+    optional = ("weight_zero_point",)
+    activations = TOKENS
+
+    def decode(self, tensors: Mapping[str, Tensor], settings: Settings) -> QuantizedTensor:
+        bits, symmetric = _weights(settings)
+        scale, values = (tensors[name] for name in self.names)
+        half = 2 ** (bits - 1)
+        if values.dtype != torch.int8 or values.dim() != 2:
+            raise BrokenCheckpoint(
+                f"weight is {values.dtype} {list(values.shape)}, not an int8 matrix",
+                hint="pack-quantized and int-quantized checkpoints are supported",
+            )
+        if int(values.min()) < -half or int(values.max()) >= half:
+            raise BrokenCheckpoint(
+                f"weight holds values that are not {bits}-bit", hint="is num_bits of another model?"
+            )
+        scales, group = _scales(scale, values.shape[0], values.shape[1], settings)
+        zero = None if symmetric else tensors.get("weight_zero_point")
+        zero = None if zero is None else _levels(zero, bits)
+        return QuantizedTensor(
+            _levels(values, bits), scales, bits, group, _zeros(zero, scales, bits, symmetric)
+        )
+
+    def encode(self, weight: QuantizedTensor) -> dict[str, Tensor]:
+        self._check(weight)
+        stored = {
+            "weight": _signed(weight.codes, weight.bits),
+            "weight_scale": _exact(weight.scales),
+        }
+        if weight.zeros is not None:
+            stored["weight_zero_point"] = _signed(weight.zeros, weight.bits)
+        return stored
+
+
+def _weights(settings: Settings) -> tuple[int, bool]:
+    """(bits, symmetric) of the group of `config_groups` that the linear belongs to."""
+    if (settings.get("transform_config") or {}).get("config_groups"):
+        raise BrokenCheckpoint(
+            "compressed-tensors with a transform_config (rotated activations) is not supported",
+            hint="checkpoints without rotations are",
+        )
+    weights = settings.get("weights") or {}
+    bits, kind = weights.get("num_bits"), weights.get("type", "int")
+    if not isinstance(bits, int) or bits not in WIDTHS or kind != "int":
+        raise BrokenCheckpoint(
+            f"compressed-tensors weights with num_bits={bits}, type={kind!r} are not supported",
+            hint="integers of 2 to 8 bits are",
+        )
+    return bits, bool(weights.get("symmetric", True))
+
+
+def _scales(scale: Tensor, outputs: int, inputs: int, settings: Settings) -> tuple[Tensor, int]:
+    """float32 [N, G] and the group size."""
+    size = settings["weights"].get("group_size") or -1
+    size = min(size, inputs) if size > 0 else inputs
+    scales = scale.float()
+    if scales.numel() == 1:
+        scales = scales.reshape(1, 1).expand(outputs, -(-inputs // size))
+    elif scales.dim() == 1 and size == inputs:
+        scales = scales[:, None]
+    if list(scales.shape) != [outputs, -(-inputs // size)]:
+        raise BrokenCheckpoint(
+            f"weight_scale {list(scale.shape)} does not fit [{outputs}, {inputs}] in groups of {size}",
+            hint="is quantization_config of another model?",
+        )
+    return scales.contiguous(), size
+
+
+def _zeros(zero: Tensor | None, scales: Tensor, bits: int, symmetric: bool) -> Tensor | None:
+    """uint8 [N, G]; an asymmetric file leaves out a zero that is 0 throughout."""
+    if symmetric:
+        return None
+    if zero is None:
+        return torch.full(scales.shape, 2 ** (bits - 1), dtype=torch.uint8)
+    if zero.numel() == 1:
+        zero = zero.reshape(1, 1).expand_as(scales)
+    elif zero.dim() == 1:
+        zero = zero[:, None]
+    if zero.shape != scales.shape:
+        raise BrokenCheckpoint(
+            f"weight_zero_point {list(zero.shape)} is not of the shape of the scales {list(scales.shape)}",
+            hint="download the checkpoint again",
+        )
+    return zero.contiguous()
+
+
+def _levels(values: Tensor, bits: int) -> Tensor:
+    """Signed integers -> uint8."""
+    return values.to(torch.int16).add(1 << (bits - 1)).to(torch.uint8)
+
+
+def _signed(levels: Tensor, bits: int) -> Tensor:
+    return levels.to(torch.int16).sub(1 << (bits - 1)).to(torch.int8)
+
+
+def _exact(scales: Tensor) -> Tensor:
+    """float16 where that loses nothing."""
+    half = scales.to(torch.float16)
+    return half.contiguous() if torch.equal(half.float(), scales) else scales.contiguous()

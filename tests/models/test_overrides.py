@@ -1,0 +1,88 @@
+"""Settings of one linear: the common ones, and what each method says of some linears in its own way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nybble_models.errors import BrokenCheckpoint
+from nybble_models.formats.compressed_tensors import IntQuantizedCodec, PackQuantizedCodec
+from nybble_models.formats.gptq import GptqCodec
+from nybble_models.formats.overrides import Summary, for_linear, summary
+
+GROUPS = {
+    "quant_method": "compressed-tensors",
+    "format": "mixed-precision",
+    "ignore": ["lm_head", "re:.*gate_proj"],
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 128}},
+        "group_1": {"targets": ["re:.*down_proj"], "weights": {"num_bits": 8}},
+        "group_2": {"targets": ["model.layers.0.self_attn.q_proj"], "weights": {"num_bits": 3}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("model.layers.1.self_attn.q_proj", 4),
+        ("model.layers.0.self_attn.q_proj", 3),
+        ("model.layers.5.mlp.down_proj", 8),
+    ],
+)
+def test_a_linear_has_the_settings_of_its_group(name: str, bits: int) -> None:
+    assert for_linear(GROUPS, name)["weights"]["num_bits"] == bits
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.1.mlp.up_proj", (4, 128)),
+        ("model.layers.1.mlp.down_proj", (8, 128)),
+        ("model.layers.0.mlp.down_proj", (4, 128)),
+    ],
+)
+def test_gptq_changes_settings_by_pattern(name: str, expected: tuple[int, int]) -> None:
+    """The first pattern that fits counts."""
+    dynamic = {r"-:model\.layers\.0\.": {}, r"+:.*down_proj$": {"bits": 8}, ".*": {}}
+    found = for_linear({"bits": 4, "group_size": 128, "dynamic": dynamic}, name)
+    assert (found["bits"], found["group_size"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (PackQuantizedCodec().settings(4, 32, True, ()), Summary(4, 32, True)),
+        (IntQuantizedCodec().settings(8, -1, True, ()), Summary(8, None, True)),
+        (GROUPS, Summary(4, 128, True)),
+        (GptqCodec().settings(3, -1, False, ()), Summary(3, None, False)),
+        ({"bits": 4, "group_size": 64, "zero_point": True, "sym": True}, Summary(4, 64, False)),
+        ({}, Summary(None, None, None)),
+    ],
+    ids=["packed", "plain", "mixed", "gptq", "awq", "none"],
+)
+def test_every_method_says_its_bits_and_groups(settings: dict[str, Any], expected: Summary) -> None:
+    assert summary(settings) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dynamic": {"+:(": {"bits": 8}}},
+        {"config_groups": {"group_0": {"targets": ["re:("], "weights": {}}}},
+    ],
+    ids=["dynamic", "targets"],
+)
+def test_a_pattern_that_is_none_is_named(settings: dict[str, Any]) -> None:
+    with pytest.raises(BrokenCheckpoint, match=r"'\('"):
+        for_linear(settings, "model.layers.0.mlp.up_proj")
+
+
+def test_linears_left_out_of_gptq_are_named_by_pattern() -> None:
+    """GPTQModel reads a pattern that begins with "-:" as "not quantized"."""
+    name = "model.layers.0.mlp.up_proj"
+    found = GptqCodec().settings(4, 32, True, (name,))
+    assert found["dynamic"] == {r"-:^model\.layers\.0\.mlp\.up_proj$": {}}
+    assert for_linear(found, name) == found
+    assert "dynamic" not in GptqCodec().settings(4, 32, True, ())
