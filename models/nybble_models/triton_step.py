@@ -83,13 +83,12 @@ class TritonStep:
         following = [norm.weight for norm in norms[1:]]
         self.layers = [replace(p, following_norm=n) for p, n in zip(packed, following, strict=True)]
         self.first_norm = norms[0].weight
-        self.head = self._linear(
-            [Linear(head, None if weights.head is None else weights.head.bias)], norms[-1]
-        )[0]
+        bias = None if weights.head is None else weights.head.bias
+        self.head = self._linear([Linear(head, bias)], norms[-1], input_bits=16)[0]
         self.table = weights.embed.to(settings.device)
         self.positions = None if weights.positions is None else weights.positions.to(settings.device)
         self.cos, self.sin = self._angles()
-        self.scratch = Scratch(spec, [*self._linears()], settings, sizes)
+        self.scratch = Scratch(spec, [*self.linears()], settings, sizes)
         self.cache = make_cache()  # last: packing needs room, and the cache may take all that is left
 
     def _angles(self) -> tuple[Tensor | None, Tensor | None]:
@@ -98,7 +97,8 @@ class TritonStep:
         cos, sin = rotary_table(self.spec, self.spec.max_positions)
         return cos.contiguous().to(self.settings.device), sin.contiguous().to(self.settings.device)
 
-    def _linears(self) -> Iterable[DeviceLinear]:
+    def linears(self) -> Iterable[DeviceLinear]:
+        """All products of a step, in their order."""
         for layer in self.layers:
             yield from layer.linears()
         yield self.head
@@ -140,7 +140,9 @@ class TritonStep:
         device = self.settings.device
         return Linear(linear.weight.to(device), None if linear.bias is None else linear.bias.to(device))
 
-    def _linear(self, parts: Sequence[Linear], norm: Norm | None = None) -> list[DeviceLinear]:
+    def _linear(
+        self, parts: Sequence[Linear], norm: Norm | None = None, input_bits: int | None = None
+    ) -> list[DeviceLinear]:
         """Packed, with a LayerNorm's mean and bias folded in."""
         s = self.settings
         folded = FoldedNorm(norm.weight, norm.bias) if norm and self.spec.norm == "layer" else None
@@ -151,7 +153,7 @@ class TritonStep:
                 dtype=s.dtype,
                 tuning=s.tuning,
                 norm=folded,
-                activation_bits=s.activation_bits,
+                activation_bits=input_bits or s.activation_bits,
             )
             for part in parts
         ]

@@ -100,7 +100,7 @@ def test_prompt_scores_and_info(engine: Engine) -> None:
     scores = sink.deltas[0].prompt_logprobs
     assert scores is not None
     assert [entry is None for entry in scores] == [True, False, False, False]
-    assert engine.info.kernels["decode"] == "triton"
+    assert engine.info.kernels["decode"] == "triton w4a16 w8a16"
     assert engine.info.dtype == "float16"
     assert engine.info.bandwidth > 0
 

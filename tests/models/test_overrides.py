@@ -54,7 +54,7 @@ def test_gptq_changes_settings_by_pattern(name: str, expected: tuple[int, int]) 
     ("settings", "expected"),
     [
         (PackQuantizedCodec().settings(4, 32, True, ()), Summary(4, 32, True)),
-        (IntQuantizedCodec().settings(8, -1, True, ()), Summary(8, None, True)),
+        (IntQuantizedCodec().settings(8, -1, True, ()), Summary(8, None, True, 8)),
         (GROUPS, Summary(4, 128, True)),
         (GptqCodec().settings(3, -1, False, ()), Summary(3, None, False)),
         ({"bits": 4, "group_size": 64, "zero_point": True, "sym": True}, Summary(4, 64, False)),

@@ -54,13 +54,16 @@ class Summary:
     bits: int | None
     group_size: int | None
     symmetric: bool | None
+    input_bits: int | None = None  # of the inputs, where they are to be quantized too
 
 
 def summary(settings: Settings) -> Summary:
     """AWQ, GPTQ and compressed-tensors each spell these in their own way."""
     if "config_groups" in settings:
-        weights = for_linear(settings, "").get("weights") or {}
-        return Summary(weights.get("num_bits"), weights.get("group_size"), weights.get("symmetric", True))
+        rule = for_linear(settings, "")
+        weights, inputs = rule.get("weights") or {}, rule.get("input_activations") or {}
+        kind = weights.get("num_bits"), weights.get("group_size"), weights.get("symmetric", True)
+        return Summary(*kind, inputs.get("num_bits"))
     group = settings.get("group_size")
     symmetric = not settings["zero_point"] if "zero_point" in settings else settings.get("sym")
     return Summary(settings.get("bits"), group if group and group > 0 else None, symmetric)

@@ -19,6 +19,7 @@ from nybble_kernels.torch_cpu import quantize_rows
 from nybble_kernels.triton.common import INTERPRETED
 from nybble_kernels.triton.tiles import Tuning
 from nybble_models import paged
+from nybble_models.formats.overrides import summary
 from nybble_models.loader import Loader
 from nybble_models.plan import MemoryPlan
 from nybble_models.triton_memory import Cache, Sizes
@@ -86,7 +87,7 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
     return Built(
         runner=runner,
         device=device_name(settings.device),
-        kernels={"decode": "triton", "prefill": "triton"},
+        kernels=dict.fromkeys(("decode", "prefill"), f"triton {' '.join(runner.kinds)}"),
         dtype=dtype,
         scheme=scheme,
         weight_bytes=runner.weight_bytes,
@@ -108,7 +109,8 @@ def settings_of(config: ServeConfig, loader: Loader) -> Settings:
     if device.type == "cuda" and config.kv_cache_dtype == "fp8" and capability < (8, 9):
         raise UsageError("kv_cache_dtype: this GPU has no 8-bit floats", hint="int8 is as small")
     tuning = Tuning.of_device(device, tuned_folder(config))
-    return Settings(device, TYPES[chosen], tuning, pdl=capability >= (9, 0))
+    bits = 8 if loader.settings and summary(loader.settings).input_bits == 8 else 16
+    return Settings(device, TYPES[chosen], tuning, bits, pdl=capability >= (9, 0))
 
 
 def tuned_folder(config: ServeConfig) -> Path:

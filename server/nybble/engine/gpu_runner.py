@@ -195,6 +195,11 @@ class GpuRunner:
         self._graphs[bucket] = graph
 
     @property
+    def kinds(self) -> list[str]:
+        """The products a step makes, as "w4a16"."""
+        return list(dict.fromkeys(linear.kind for linear in self._step.linears()))
+
+    @property
     def weight_bytes(self) -> dict[str, int]:
         """Bytes that one step reads, by kind."""
         return self._weight_bytes
