@@ -167,7 +167,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--text", type=Path, required=True, help="wiki.test.raw")
     parser.add_argument("--model", default="default", help="as for nybble serve")
-    parser.add_argument("--method", nargs="+", choices=("rtn", "awq"), default=["rtn", "awq"])
+    parser.add_argument(
+        "--method", nargs="+", choices=("rtn", "awq", "gptq", "awq+gptq"), default=["rtn", "awq"]
+    )
     parser.add_argument("--group-size", nargs="+", type=int, default=[64, 32])
     parser.add_argument("--calibration", help=".txt or .jsonl; else text of the model itself")
     parser.add_argument("--windows", type=int, default=12, help="evenly spaced; 0: all")

@@ -75,6 +75,7 @@ class Finding:
     duo: bool = False
     clip_share: float | None = None
     noise: float | None = None  # of the output, over its signal
+    damp: float | None = None
 
 
 @torch.inference_mode()
@@ -82,13 +83,7 @@ def quantize_block(
     block: Block, scene: Scene, scheme: Scheme, rounded: frozenset[str], run: Map = in_turn
 ) -> tuple[Block, Block, dict[str, Finding]]:
     """(the folded block in float, the same with `rounded` linears quantized, what was chosen for each)."""
-    findings: dict[str, Finding] = {}
-    for producer, consumers in scene.family.folds:
-        if foldable(scene.spec, producer, consumers) and rounded.issuperset(consumers):
-            choice = _search(block, scene, scheme, producer, consumers, run)
-            block = fold(block, scene.spec, producer, consumers, choice.scale)
-            _rescale(scene.inputs, consumers[0], spread(scene.spec, producer, choice.scale))
-            findings |= dict.fromkeys(consumers, Finding(choice.ratio, choice.duo))
+    block, findings = fold_block(block, scene, scheme, rounded, run)
     quantized = Block(dict(block.linears), block.norms)
     names = [p for p in reversed(scene.spec.projections) if p in rounded]  # the largest first
     made = run(lambda name: _round(name, block.linears[name], scene, scheme), names)
@@ -96,6 +91,21 @@ def quantize_block(
         quantized.linears[name] = Linear(weight, block.linears[name].bias)
         findings[name] = replace(findings.get(name, Finding()), clip_share=share, noise=noise)
     return block, quantized, findings
+
+
+@torch.inference_mode()
+def fold_block(
+    block: Block, scene: Scene, scheme: Scheme, rounded: frozenset[str], run: Map = in_turn
+) -> tuple[Block, dict[str, Finding]]:
+    """The same function with the scales that make rounding cost least. Rescales the scene's inputs."""
+    findings: dict[str, Finding] = {}
+    for producer, consumers in scene.family.folds:
+        if foldable(scene.spec, producer, consumers) and rounded.issuperset(consumers):
+            choice = _search(block, scene, scheme, producer, consumers, run)
+            block = fold(block, scene.spec, producer, consumers, choice.scale)
+            _rescale(scene.inputs, consumers[0], spread(scene.spec, producer, choice.scale))
+            findings |= dict.fromkeys(consumers, Finding(choice.ratio, choice.duo))
+    return block, findings
 
 
 def _search(

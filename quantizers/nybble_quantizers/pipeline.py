@@ -132,7 +132,7 @@ class _Run:
         return reports
 
     def _calibration(self, run: Map) -> Calibration | None:
-        if self.scheme.method != "awq":
+        if not (self.scheme.folds or self.scheme.compensates):
             return None
         file, seed = self.calibration, self.seed
         return calibration_for(self.source, self.loader, self.scheme, file, seed, self.tell, run)

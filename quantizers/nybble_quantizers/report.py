@@ -41,7 +41,8 @@ Listener = Callable[[QuantizeProgress], None]
 class LayerReport:
     """One linear. `weight_error` is the relative RMS of the folded weight's rounding; `output_sqnr_db` the
     signal over noise of the linear's output on the calibration text; `ratio` the exponent of the scale that
-    was folded into its input (None: no scale was better); `clip_share` the groups whose range was narrowed.
+    was folded into its input (None: no scale was better); `clip_share` the groups whose range was narrowed;
+    `damp` what GPTQ added to the diagonal of the Hessian, as a share of its mean.
     """
 
     name: str
@@ -53,6 +54,7 @@ class LayerReport:
     ratio: float | None = None
     duo: bool = False
     clip_share: float | None = None
+    damp: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,16 @@ def layer_report(name: str, folded: Linear, quantized: Linear, found: Finding) -
     error = float(missed.square().mean().sqrt() / weight.square().mean().sqrt().clamp(min=1e-30))
     sqnr = None if found.noise is None else -10 * math.log10(max(found.noise, 1e-30))
     return LayerReport(
-        name, made.bits, made.group_size, made.nbytes, error, sqnr, found.ratio, found.duo, found.clip_share
+        name,
+        made.bits,
+        made.group_size,
+        made.nbytes,
+        error,
+        sqnr,
+        found.ratio,
+        found.duo,
+        found.clip_share,
+        found.damp,
     )
 
 

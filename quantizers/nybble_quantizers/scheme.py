@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from nybble_models.errors import ModelError
 
-Method = Literal["awq", "rtn", "none"]
+Method = Literal["awq", "gptq", "awq+gptq", "rtn", "none"]
 
 CHANNEL = -1
 """Group size that means one scale for a whole row."""
@@ -17,7 +17,7 @@ CHANNEL = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
-    """`samples` windows of `length` tokens calibrate AWQ; `grid` is how many ratios it tries.
+    """`samples` windows of `length` tokens calibrate AWQ and GPTQ; `grid` is how many ratios AWQ tries.
 
     `skip` holds shell patterns of linears that stay 16-bit ("*.down_proj", "model.layers.0.*").
     Method "none" keeps every weight at 16 bits (a change of container only).
@@ -53,6 +53,16 @@ class Scheme:
     def group(self, inputs: int) -> int:
         """The group size of a linear with this many inputs."""
         return inputs if self.group_size == CHANNEL else self.group_size
+
+    @property
+    def folds(self) -> bool:
+        """Whether scales are searched and folded (AWQ)."""
+        return self.method in ("awq", "awq+gptq")
+
+    @property
+    def compensates(self) -> bool:
+        """Whether the weights still to be rounded make up for those that are (GPTQ)."""
+        return self.method in ("gptq", "awq+gptq")
 
     @property
     def label(self) -> str:

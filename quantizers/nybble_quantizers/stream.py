@@ -13,11 +13,12 @@ from nybble_models.decoder import Decoder
 from nybble_models.errors import BrokenCheckpoint
 from nybble_models.loader import Loader
 from nybble_models.weights import Block, Linear, Norm, Weights
-from nybble_quantizers.block import Finding, Scene, Window, quantize_block
+from nybble_quantizers.block import Finding, Scene, Window, fold_block, quantize_block
 from nybble_quantizers.calibrate import Calibration, Inputs, Observation, read_windows
 from nybble_quantizers.generate import generate
 from nybble_quantizers.report import Listener, QuantizeProgress
 from nybble_quantizers.scheme import Scheme
+from nybble_quantizers.sequential import Passage, merged
 from nybble_quantizers.tokenizing import load_tokenizer
 from nybble_quantizers.workers import Map
 
@@ -58,8 +59,9 @@ def float_weights(loader: Loader) -> Weights:
 class Stream:
     """One state [T, D] per window, moved on by a block at a time.
 
-    The next block sees what the float block makes of the text. Feeding it what the quantized block makes
-    instead was measured: the same perplexity within the noise, for twice the forward passes.
+    AWQ: the next block sees what the float block makes of the text. Feeding it what the quantized block makes
+    instead was measured: the same perplexity within the noise, for twice the forward passes. GPTQ: it sees
+    what the quantized block makes of it, and the rounding itself is that pass.
     """
 
     def __init__(self, loader: Loader, calibration: Calibration, scheme: Scheme, run: Map) -> None:
@@ -75,8 +77,22 @@ class Stream:
     def advance(
         self, layer: int, block: Block, rounded: frozenset[str]
     ) -> tuple[Block, Block, dict[str, Finding]]:
-        """Quantize one block (see `quantize_block`) and move the text past it."""
-        inputs = Inputs(KEPT)
+        """(folded, quantized, findings) of one block, see `quantize_block`; moves the text past it."""
+        scheme, run = self.scheme, self.run
+        folded, findings = block, dict[str, Finding]()
+        if scheme.folds:
+            scene, moved = self._watch(layer, block)
+            if not scheme.compensates:
+                self.states = moved
+                return quantize_block(block, scene, scheme, rounded, run)
+            folded, findings = fold_block(block, scene, scheme, rounded, run)
+        passage = Passage(self.decoder, layer, folded, scheme, rounded, run)
+        self.states = passage.through(self.states)
+        return folded, passage.made, merged(findings, passage.findings)
+
+    def _watch(self, layer: int, block: Block) -> tuple[Scene, list[Tensor]]:
+        """What the linears of the float block read, and the states after it."""
+        inputs, states = Inputs(KEPT), list(self.states)
         blocks, spec = self.decoder.weights.blocks, self.loader.spec
         blocks[layer] = block
 
@@ -84,16 +100,14 @@ class Stream:
             seen = Observation()
             return self.decoder.block(layer, state, Window(spec), seen.observe), seen
 
-        for first in range(0, len(self.states), TOGETHER):
+        for first in range(0, len(states), TOGETHER):
             part = slice(first, first + TOGETHER)
-            moved = self.run(through, self.states[part])
-            self.states[part] = [state for state, _ in moved]
+            moved = self.run(through, states[part])
+            states[part] = [state for state, _ in moved]
             for _, seen in moved:
                 inputs.add(seen)
-        scene = Scene(self.decoder, self.loader.family, layer, inputs)
-        done = quantize_block(block, scene, self.scheme, rounded, self.run)
         blocks[layer] = Block()
-        return done
+        return Scene(self.decoder, self.loader.family, layer, inputs), states
 
 
 def read_block(loader: Loader, layer: int) -> Block:
