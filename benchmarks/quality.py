@@ -1,4 +1,4 @@
-"""Perplexity of a model unquantized, rounded to nearest, and by AWQ, in the protocol of the papers.
+"""Perplexity of a model unquantized, rounded to nearest, by AWQ and GPTQ, in the protocol of the papers.
 
     python benchmarks/quality.py --text wiki.test.raw                 the default model, groups of 64 and 32
     python benchmarks/quality.py --text wiki.test.raw --engine serve  through the serving engine itself
