@@ -82,7 +82,9 @@ def test_golden_tensors_of_plain_levels() -> None:
 @pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("group", [-1, 16, 32])
 @pytest.mark.parametrize(
-    ("codec", "bits"), [(PACKED, 4), (PACKED, 8), (PACKED, 3), (PLAIN, 8), (PLAIN, 4)], ids=str
+    ("codec", "bits"),
+    [(PACKED, 4), (PACKED, 8), (PACKED, 3), (PLAIN, 8), (PLAIN, 4)],
+    ids=["packed-4", "packed-8", "packed-3", "plain-8", "plain-4"],
 )
 def test_what_is_encoded_is_decoded(codec: Codec, bits: int, group: int, zeros: bool) -> None:
     made = weight(bits, 64 if group < 0 else group, zeros=zeros)
