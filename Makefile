@@ -43,7 +43,7 @@ fix: $(VENV)/.developer  ## format and repair what ruff can repair
 bench: $(VENV)/.installed  ## measure a running server (URL= ARGS=)
 	@exec $(BIN)/nybble bench $(URL) $(ARGS)
 
-gpu:  ## measure all there is to measure on an NVIDIA GPU, in at most nine minutes (PYTHON= ARGS=)
+gpu:  ## measure all there is to measure on an NVIDIA GPU, in at most nine minutes (MEASURING= ARGS=)
 	@exec $(MEASURING) benchmarks/gpu/gate.py $(ARGS)
 
 gpu-dry:  ## the same program on tiny sizes without a GPU: proves that every part runs

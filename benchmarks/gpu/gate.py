@@ -123,7 +123,7 @@ def arguments() -> argparse.Namespace:
     )
     names = [each.name for each in STEPS]
     parser.add_argument("--parts", nargs="+", default=names, choices=names)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the rows")
+    parser.add_argument("--out", type=Path, help="folder of the rows (of a dry run: a temporary one)")
     parser.add_argument("--site", type=Path, help="folder of third-party packages, or of their wheels")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU, nothing is measured")
@@ -133,7 +133,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     asked = arguments()
-    asked.out = asked.out.resolve()
+    asked.out = (asked.out or (Path(tempfile.mkdtemp()) if asked.dry else RESULTS)).resolve()
     asked.out.mkdir(parents=True, exist_ok=True)
     environment(asked)
     deadline = time.perf_counter() + 60 * asked.minutes
