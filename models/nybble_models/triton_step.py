@@ -279,7 +279,7 @@ class TritonStep:
         phase: Phase,
     ) -> None:
         operand: Operand | QuantizedOperand = stream
-        if linear.quantizes and stream is self.scratch.mixed:  # attention leaves no statistics
+        if linear.quantizes and not stream.measured:
             operand = self.scratch.quantized(stream)
             quantize(
                 stream.values[:rows], operand.values[:rows], operand.scales[:rows], pdl=self.settings.pdl

@@ -12,16 +12,19 @@ the scalars to its sums: no kernel waits for a whole row of x, and nothing is co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nybble_kernels.triton.tiles import Tile, Workspace
+
 NO_NORM, RMS_NORM, LAYER_NORM = (tl.constexpr(i) for i in range(3))
 STORE, RESIDUAL, ACTIVATE, GATED = (tl.constexpr(i) for i in range(4))
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-SUM, DEVIATION, LARGEST = (tl.constexpr(i) for i in range(3))
+LARGEST = tl.constexpr(2)  # the row of `Operand.stats` that holds the largest |u|
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +32,7 @@ class Operand:
     """The input u [rows, K] of products, with what its norm still needs.
 
     stats: float32 [3, tiles, rows]: sum of x, squared deviations of x from the tile's mean, largest |u|, over
-    each `tile` columns. `norm` is "rms", "layer" or None; `width` columns are valid.
+    each `tile` columns; not `measured` where what wrote the values left none. `norm`: "rms", "layer" or None.
     """
 
     values: Tensor
@@ -37,6 +40,7 @@ class Operand:
     tile: int
     norm: str | None = None
     eps: float = 0.0
+    measured: bool = True
 
     @property
     def width(self) -> int:
@@ -240,9 +244,27 @@ def gather_parts(
 NORMS = {None: NO_NORM.value, "rms": RMS_NORM.value, "layer": LAYER_NORM.value}
 
 
-def arguments(operand: Operand, output: Output) -> dict[str, object]:
-    """What an operand and an output are to a kernel that ends in `gather_parts`."""
-    held: dict[str, object] = {
+def arguments(
+    operand: Operand,
+    rows: int,
+    output: Output,
+    tile: Tile,
+    workspace: Workspace,
+    bias: Tensor | None,
+    colsum: Tensor | None,
+    pdl: bool,
+) -> dict[str, Any]:
+    """What every kernel that ends in `gather_parts` is launched with, whatever its weight is."""
+    held: dict[str, Any] = {
+        "partial": workspace.partial,
+        "counters": workspace.counters,
+        "bias": bias,
+        "colsum": colsum,
+        "M": rows,
+        "SPLIT": tile.split,
+        "PDL": pdl,
+        "num_warps": tile.warps,
+        "launch_pdl": pdl,
         "in_stats": operand.stats,
         "NORM": NORMS[operand.norm],
         "IN_TILE": operand.tile,

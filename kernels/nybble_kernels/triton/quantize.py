@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,7 +19,6 @@ from nybble_kernels.triton.norm import normed_row, warps_of
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding it leaves a number rounded to even in the low bits
 SMALLEST = tl.constexpr(1e-30)  # stands for the largest of a row of zeros
-LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 BLOCK = 1024  # inputs a program quantizes
 
 
