@@ -24,7 +24,7 @@ from support_aot import (
 )
 
 CASES = cases("aot_cases")
-LAUNCH = re.compile(r'launch_pdl=|"launch_pdl":')
+LAUNCH = re.compile(r"^ +\w+\[\(", re.MULTILINE)  # kernel[(grid)](..)
 Example = Callable[..., Figures]
 FOLDERS = {"3.6.0": DEVICE_TRITON, version("triton"): None}
 
