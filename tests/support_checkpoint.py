@@ -14,6 +14,7 @@ from nybble_models.families import FAMILIES
 from nybble_models.formats.awq import AwqCodec
 from nybble_models.weights import Norm
 from support_engine import byte_tokenizer
+from support_quantized import uniform
 from support_tiny import CONFIGS, tiny_spec, tiny_weights
 
 VOCABULARY = 264  # the byte tokenizer's 260 ids, and some room
@@ -52,7 +53,7 @@ def write_checkpoint(
             else:
                 stored[f"{name}.weight"] = linear.weight
     if group_size is not None:
-        config |= {"quantization_config": codec.settings(4, group_size, False, ())}
+        config |= {"quantization_config": codec.settings(uniform(4, group_size))}
     byte_tokenizer(directory)
     (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": 259}))
     save_file({n: t.contiguous() for n, t in stored.items()}, directory / "model.safetensors")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nybble_models.formats.form import Form
 from nybble_quantizers import rtn
-from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.workers import Map, in_turn
 
 STRIDE = 4
@@ -88,10 +88,10 @@ def magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
     return total / sum(len(w) for w in weights)
 
 
-def scaled_rounding(weight: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
+def scaled_rounding(weight: Tensor, scale: Tensor, form: Form) -> Tensor:
     """Q(W · s) / s: what the layer would compute with, in terms of the unscaled input."""
-    group = scheme.group(weight.shape[1])
-    return rtn.fake(weight * scale, scheme.bits, group, scheme.symmetric).div_(scale)
+    group = form.group(weight.shape[1])
+    return rtn.fake(weight * scale, form.bits, group, form.symmetric).div_(scale)
 
 
 def energy(weight: Tensor, gram: Tensor) -> float:

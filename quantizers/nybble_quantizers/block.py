@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.decoder import Decoder
 from nybble_models.families import Family
+from nybble_models.formats.form import Form
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Linear
+from nybble_models.window import Window
 from nybble_quantizers import awq, clipping, rtn
 from nybble_quantizers.calibrate import Inputs
 from nybble_quantizers.folding import float_weight, fold, foldable, pool, spread
@@ -22,27 +23,6 @@ from nybble_quantizers.workers import Map, in_turn
 
 UNCLIPPED = ("q", "k")  # attention scores punish an error in one key more than a squared error tells
 TINY = 1e-30
-
-
-class Window:
-    """Attention within one window of tokens: the decoder's cache for text that is seen once."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec = spec
-        self.start = 0
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-        q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
-        mask = None if window is None else _band(len(query), window)
-        scale = self.spec.attention_scale
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, 0.0, mask is None, scale=scale, enable_gqa=True)
-        return mixed[0].transpose(0, 1)
-
-
-def _band(length: int, window: int) -> Tensor:
-    """A token sees itself and the `window - 1` before it."""
-    ones = torch.ones(length, length, dtype=torch.bool)
-    return ones.tril() & ones.triu(1 - window)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +60,13 @@ class Finding:
 
 @torch.inference_mode()
 def quantize_block(
-    block: Block, scene: Scene, scheme: Scheme, rounded: frozenset[str], run: Map = in_turn
+    block: Block, scene: Scene, scheme: Scheme, forms: Mapping[str, Form], run: Map = in_turn
 ) -> tuple[Block, Block, dict[str, Finding]]:
-    """(the folded block in float, the same with `rounded` linears quantized, what was chosen for each)."""
-    block, findings = fold_block(block, scene, scheme, rounded, run)
+    """(the folded block in float, the same with linears in their `forms`, what was chosen for each)."""
+    block, findings = fold_block(block, scene, scheme, forms, run)
     quantized = Block(dict(block.linears), block.norms)
-    names = [p for p in reversed(scene.spec.projections) if p in rounded]  # the largest first
-    made = run(lambda name: _round(name, block.linears[name], scene, scheme), names)
+    names = [p for p in reversed(scene.spec.projections) if p in forms]  # the largest first
+    made = run(lambda name: _round(name, block.linears[name], scene, forms[name], scheme.clip), names)
     for name, (weight, share, noise) in zip(names, made, strict=True):
         quantized.linears[name] = Linear(weight, block.linears[name].bias)
         findings[name] = replace(findings.get(name, Finding()), clip_share=share, noise=noise)
@@ -95,13 +75,13 @@ def quantize_block(
 
 @torch.inference_mode()
 def fold_block(
-    block: Block, scene: Scene, scheme: Scheme, rounded: frozenset[str], run: Map = in_turn
+    block: Block, scene: Scene, scheme: Scheme, forms: Mapping[str, Form], run: Map = in_turn
 ) -> tuple[Block, dict[str, Finding]]:
     """The same function with the scales that make rounding cost least. Rescales the scene's inputs."""
     findings: dict[str, Finding] = {}
     for producer, consumers in scene.family.folds:
-        if foldable(scene.spec, producer, consumers) and rounded.issuperset(consumers):
-            choice = _search(block, scene, scheme, producer, consumers, run)
+        if foldable(scene.spec, producer, consumers) and forms.keys() >= set(consumers):
+            choice = _search(block, scene, forms, scheme.grid, producer, consumers, run)
             block = fold(block, scene.spec, producer, consumers, choice.scale)
             _rescale(scene.inputs, consumers[0], spread(scene.spec, producer, choice.scale))
             findings |= dict.fromkeys(consumers, Finding(choice.ratio, choice.duo))
@@ -109,7 +89,13 @@ def fold_block(
 
 
 def _search(
-    block: Block, scene: Scene, scheme: Scheme, producer: str, consumers: tuple[str, ...], run: Map
+    block: Block,
+    scene: Scene,
+    forms: Mapping[str, Form],
+    grid: int,
+    producer: str,
+    consumers: tuple[str, ...],
+    run: Map,
 ) -> awq.Choice:
     weights = [float_weight(block.linears[c]) for c in consumers]
     seen, spec = scene.inputs, scene.spec
@@ -119,17 +105,17 @@ def _search(
 
     def loss(scale: Tensor) -> float:
         columns = spread(spec, producer, scale)
-        tried = [awq.scaled_rounding(w, columns, scheme) for w in weights]
+        tried = [awq.scaled_rounding(w, columns, forms[c]) for c, w in zip(consumers, weights, strict=True)]
         if target is None:
             return awq.energy(tried[0].sub_(weights[0]), seen.gram[read]) / max(signal, TINY)
         linears = {c: replace(block.linears[c], weight=w) for c, w in zip(consumers, tried, strict=True)}
         output = scene.half(Block(block.linears | linears, block.norms), producer, seen.rows[read])
         return float(output.sub_(target).square_().sum()) / max(signal, TINY)
 
-    group = scheme.group(weights[0].shape[1])
+    group = forms[read].group(weights[0].shape[1])
     activation, magnitude = seen.mean[read], awq.magnitude(weights, group)
     activation, magnitude = pool(spec, producer, activation), pool(spec, producer, magnitude)
-    return awq.search(loss, activation, magnitude, scheme.grid, run)
+    return awq.search(loss, activation, magnitude, grid, run)
 
 
 def _rescale(inputs: Inputs, read: str, columns: Tensor) -> None:
@@ -139,13 +125,14 @@ def _rescale(inputs: Inputs, read: str, columns: Tensor) -> None:
     inputs.rows[read] = [x / columns for x in inputs.rows[read]]
 
 
-def _round(name: str, linear: Linear, scene: Scene, scheme: Scheme) -> tuple[QuantizedTensor, float, float]:
+def _round(
+    name: str, linear: Linear, scene: Scene, form: Form, clip: bool
+) -> tuple[QuantizedTensor, float, float]:
     weight = float_weight(linear)
     gram = scene.inputs.gram[_read_by(name, scene.spec)]
-    clip = scheme.clip and name not in UNCLIPPED
-    group = scheme.group(weight.shape[1])
-    found = clipping.search(weight, gram, scheme.bits, group, scheme.symmetric, clip)
-    quantized = rtn.on_grid(weight, found.levels, group, scheme.symmetric)
+    group = form.group(weight.shape[1])
+    found = clipping.search(weight, gram, form.bits, group, form.symmetric, clip and name not in UNCLIPPED)
+    quantized = rtn.on_grid(weight, found.levels, group, form.symmetric)
     noise = awq.energy(quantized.dequantize() - weight, gram) / max(awq.energy(weight, gram), TINY)
     return quantized, found.share, noise
 

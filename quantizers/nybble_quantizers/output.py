@@ -6,8 +6,7 @@ import fcntl
 import glob
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,40 +21,46 @@ SHARD_BYTES = 1 << 30
 
 
 @contextmanager
-def appearing(out: Path, needed: int) -> Iterator[Path]:
-    """A hidden sibling of `out` that takes its name on success and is removed on any failure.
+def appearing(out: Path, needed: int, key: str) -> Iterator[Path]:
+    """A hidden sibling of `out` that takes its name on success.
 
-    `needed` bytes are checked for first. Raises `ModelError` in one line where the disk refuses.
+    A failure removes it. A run that is killed or interrupted leaves it, and the next with the same `key` finds
+    it; one with another key removes it. `needed` bytes are checked for first. Raises `ModelError` in one line
+    where the disk refuses, or where another process writes the same.
     """
     if out.exists():
         raise ModelError(f"{out} exists already", hint="remove it or choose another folder")
-    folder = _sibling(out, needed)
+    folder = _sibling(out, needed, key)
     claim = _claim(folder)
+    if claim is None:
+        raise ModelError(f"{out} is being written by another process", hint="wait for it, or stop it")
     try:
         yield folder
         _flush(folder)
         folder.rename(out)
         _flush_entry(out.parent)
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"cannot write {out}: {error}", hint="is the disk full or read-only?") from None
-    finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if claim is not None:
-            os.close(claim)
+        raise ModelError(f"cannot write {out}: {error}", hint="is the disk full or read-only?") from None
+    except ModelError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(claim)
 
 
-def _sibling(out: Path, needed: int) -> Path:
+def _sibling(out: Path, needed: int, key: str) -> Path:
+    folder = out.parent / f".{out.name}.partial-{key}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out, folder)
         free = shutil.disk_usage(out.parent).free
-        if free < needed:
+        if free < needed and not folder.exists():
             raise ModelError(
                 f"{out.parent} has {free / 2**20:,.0f} MiB free, about {needed / 2**20:,.0f} MiB are needed",
                 hint="free some space or choose another folder",
             )
-        _sweep(out)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        folder.chmod(0o755)  # mkdtemp makes it private, and the name it gets later is not
+        folder.mkdir(exist_ok=True)
         return folder
     except OSError as error:
         raise ModelError(f"cannot write to {out.parent}: {error}", hint="choose another folder") from None
@@ -72,9 +77,11 @@ def _claim(folder: Path) -> int | None:
     return descriptor
 
 
-def _sweep(out: Path) -> None:
-    """Remove what killed runs left: a folder that nobody has claimed."""
+def _sweep(out: Path, keep: Path) -> None:
+    """Remove what other runs left: a folder that nobody has claimed."""
     for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        if left == keep:
+            continue
         claim = _claim(left)
         if claim is not None:
             shutil.rmtree(left, ignore_errors=True)
@@ -113,6 +120,11 @@ class ShardWriter:
         self._pending[name] = tensor.contiguous()
         self._pending_bytes += tensor.nbytes
         self.bytes[kind] = self.bytes.get(kind, 0) + tensor.nbytes
+
+    def extend(self, parts: Mapping[str, tuple[str, Tensor]]) -> None:
+        """By name: kind and tensor."""
+        for name, (kind, tensor) in parts.items():
+            self.add(name, tensor, kind)
 
     def _write(self) -> None:
         save_file(self._pending, self._path(len(self._shards)), metadata={"format": "pt"})

@@ -13,7 +13,7 @@ import torch
 
 from nybble_models.checkpoint import write_json
 from nybble_models.errors import ModelError
-from nybble_models.formats.awq import AwqCodec
+from nybble_models.formats.form import TENSOR
 from nybble_models.hub import open_source
 from nybble_models.loader import Loader
 from nybble_models.weights import Block, Linear
@@ -21,7 +21,8 @@ from nybble_quantizers import rtn
 from nybble_quantizers.block import Finding
 from nybble_quantizers.calibrate import Calibration
 from nybble_quantizers.folding import float_weight
-from nybble_quantizers.output import appearing
+from nybble_quantizers.journal import Journal, key_of
+from nybble_quantizers.output import ShardWriter, appearing
 from nybble_quantizers.report import (
     LayerReport,
     Listener,
@@ -31,15 +32,13 @@ from nybble_quantizers.report import (
     versions,
 )
 from nybble_quantizers.scheme import Scheme
-from nybble_quantizers.selection import Selection, select
+from nybble_quantizers.selection import Forms, Selection, select
 from nybble_quantizers.stream import Stream, calibration_for, read_block
 from nybble_quantizers.tokenizing import carry_over
 from nybble_quantizers.workers import Map, side_by_side
 from nybble_quantizers.writer import ModelWriter
 
 log = logging.getLogger("nybble.quantize")
-
-CODEC = AwqCodec()
 
 
 @torch.inference_mode()
@@ -55,11 +54,12 @@ def quantize(
 ) -> QuantReport:
     """Write `source` (a folder or a .gguf file), quantized by `scheme`, as the new folder `out`.
 
-    Without a calibration file the model writes its own text. The same arguments make the same bytes. Raises
-    `ModelError` in one line; then, and on Ctrl-C, nothing is left behind.
+    Without a calibration file the model writes its own text. The same arguments make the same bytes, also
+    where a run was killed and the same arguments are given again: finished blocks are kept beside `out`. Raises
+    `ModelError` in one line, and then nothing is left behind.
     """
     run = _Run(Path(source), scheme, calibration, seed, progress or (lambda event: None))
-    with appearing(out, run.selection.nbytes) as folder:
+    with appearing(out, run.selection.nbytes, run.key) as folder:
         report = run.write(folder, " ".join(sys.argv) if command is None else command)
         report.write(folder)
     return report
@@ -76,26 +76,25 @@ class _Run:
         self.calibration = calibration
         self.seed = seed
         self.tell = tell
-        self.loader = Loader(open_source(source))
+        self.loader = Loader(open_source(source), floats=True)
         if self.loader.codec is not None:
             raise ModelError(f"{source} is quantized already", hint="quantize the original model")
-        self.selection: Selection = select(self.loader.spec, self.loader.family, scheme, CODEC)
+        self.container = scheme.container
+        self.selection: Selection = select(self.loader.spec, self.loader.family, scheme, self.container)
+        self.key = key_of(source, scheme, _fingerprint(calibration), seed)
         skipped = self.selection.skipped
         if skipped and scheme.method != "none":
             log.warning("%d linears stay at 16 bits, the first is %s", len(skipped), skipped[0])
 
     def write(self, folder: Path, command: str) -> QuantReport:
-        writer = ModelWriter(folder, self.loader.family, CODEC)
+        journal = Journal(folder / "journal")
+        writer = ModelWriter(self.loader.family, self.container)
         with side_by_side() as run:
-            calibration = self._calibration(run)
-            layers = self._blocks(writer, calibration, run)
-        writer.rest(self.loader)
+            calibration = self._calibration(journal, run)
+            self._blocks(journal, writer, calibration, run)
         self.tell(QuantizeProgress("write", 0, 1))
-        writer.shards.close()
-        write_json(folder / "config.json", self._config())
-        carry_over(self.source, folder)
+        sizes, layers = self._assemble(folder, journal, writer)
         self.tell(QuantizeProgress("write", 1, 1))
-        sizes = writer.shards.bytes
         return QuantReport(
             source=self.source.name,
             scheme=asdict(self.scheme),
@@ -109,50 +108,95 @@ class _Run:
             layers=tuple(layers),
         )
 
-    def _blocks(self, writer: ModelWriter, calibration: Calibration | None, run: Map) -> list[LayerReport]:
-        """Quantize and write every block."""
+    def _assemble(
+        self, folder: Path, journal: Journal, writer: ModelWriter
+    ) -> tuple[dict[str, int], list[LayerReport]]:
+        """The finished blocks and all the rest, as the files of a checkpoint. Takes the journal away."""
+        shards, reports = ShardWriter(folder), list[LayerReport]()
+        for layer in range(self.loader.spec.num_layers):
+            shards.extend(journal.stored(layer))
+            reports += journal.reports(layer)
+        shards.extend(writer.rest(self.loader))
+        shards.close()
+        write_json(folder / "config.json", self._config())
+        carry_over(self.source, folder)
+        journal.remove()
+        return shards.bytes, reports
+
+    def _blocks(
+        self, journal: Journal, writer: ModelWriter, calibration: Calibration | None, run: Map
+    ) -> None:
+        """Quantize every block that is not done yet."""
         stream = None if calibration is None else Stream(self.loader, calibration, self.scheme, run)
-        started, total = time.monotonic(), self.loader.spec.num_layers
-        reports: list[LayerReport] = []
-        for layer, rounded in enumerate(self.selection.rounded):
-            block = read_block(self.loader, layer)
+        total, first = self.loader.spec.num_layers, journal.done(stateful=stream is not None)
+        if first:
+            log.warning("going on after block %d of %d, where an earlier run ended", first, total)
+            if stream is not None:
+                stream.restore(journal.states(first - 1))
+        started = time.monotonic()
+        for layer in range(first, total):
+            block, forms = read_block(self.loader, layer), self.selection.forms[layer]
             findings: dict[str, Finding] = {}
             if stream is None:
-                folded, quantized = block, self._nearest(block, rounded)
+                folded, quantized = block, self._nearest(block, forms)
             else:
-                folded, quantized, findings = stream.advance(layer, block, rounded)
-            writer.block(layer, quantized)
-            for p in (p for p in self.loader.spec.projections if p in rounded):
-                name = self.loader.family.projections[p].format(i=layer)
-                found = findings.get(p, Finding())
-                reports.append(layer_report(name, folded.linears[p], quantized.linears[p], found))
-            left = (time.monotonic() - started) / (layer + 1) * (total - layer - 1)
-            noise = max((f.noise for f in findings.values() if f.noise is not None), default=None)
-            self.tell(QuantizeProgress("quantize", layer + 1, total, left, noise))
-        return reports
+                folded, quantized, findings = stream.advance(layer, block, forms)
+            reports = self._reports(layer, folded, quantized, findings)
+            last = stream is None or layer + 1 == total
+            states = {} if last or stream is None else stream.kept()
+            journal.keep(layer, writer.block(layer, quantized, forms), reports, states)
+            left = (time.monotonic() - started) / (layer + 1 - first) * (total - layer - 1)
+            self.tell(QuantizeProgress("quantize", layer + 1, total, left, tuple(reports)))
 
-    def _calibration(self, run: Map) -> Calibration | None:
+    def _reports(
+        self, layer: int, folded: Block, quantized: Block, findings: dict[str, Finding]
+    ) -> list[LayerReport]:
+        names = self.loader.family.projections
+        return [
+            layer_report(
+                names[p].format(i=layer), folded.linears[p], quantized.linears[p], findings.get(p, Finding())
+            )
+            for p in self.loader.spec.projections
+            if p in self.selection.forms[layer]
+        ]
+
+    def _calibration(self, journal: Journal, run: Map) -> Calibration | None:
         if not (self.scheme.folds or self.scheme.compensates):
             return None
+        kept = journal.calibration()
+        if kept is not None:
+            return Calibration(*kept)
         file, seed = self.calibration, self.seed
-        return calibration_for(self.source, self.loader, self.scheme, file, seed, self.tell, run)
+        found = calibration_for(self.source, self.loader, self.scheme, file, seed, self.tell, run)
+        journal.keep_calibration(found.tokens, found.origin)
+        return found
 
-    def _nearest(self, block: Block, rounded: frozenset[str]) -> Block:
+    def _nearest(self, block: Block, forms: Forms) -> Block:
         linears = dict(block.linears)
-        for p in rounded:
+        for p, form in forms.items():
             weight = float_weight(linears[p])
-            group = self.scheme.group(weight.shape[1])
-            linears[p] = Linear(
-                rtn.quantize(weight, self.scheme.bits, group, self.scheme.symmetric), linears[p].bias
+            rounded = rtn.quantize(
+                weight,
+                form.bits,
+                form.group(weight.shape[1]),
+                form.symmetric,
+                per_tensor=form.group_size == TENSOR,
             )
+            linears[p] = Linear(rounded, linears[p].bias)
         return Block(linears, block.norms)
 
     def _config(self) -> dict[str, Any]:
         config = dict(self.loader.source.config) | {"torch_dtype": "float16"}
         config.pop("dtype", None)
-        if self.scheme.method != "none":
-            scheme = self.scheme
-            config["quantization_config"] = CODEC.settings(
-                scheme.bits, scheme.group_size, scheme.symmetric, self.selection.skipped
-            )
+        form = self.scheme.form
+        if form is not None:
+            config["quantization_config"] = self.container.codec(form).settings(self.selection.names)
         return config
+
+
+def _fingerprint(path: str | None) -> object:
+    """What changes when a file does."""
+    if path is None or not Path(path).is_file():
+        return path
+    found = Path(path).stat()
+    return path, found.st_size, found.st_mtime_ns

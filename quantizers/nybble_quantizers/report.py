@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from nybble_models.checkpoint import write_json
 from nybble_models.weights import Linear
 from nybble_quantizers.block import Finding
 from nybble_quantizers.folding import float_weight
+from nybble_quantizers.origin import Origin
 
 LIBRARIES = ("nybble", "torch", "transformers", "safetensors", "gguf")
 
@@ -24,14 +25,20 @@ Stage = Literal["calibrate", "quantize", "write"]
 class QuantizeProgress:
     """`done` of `total`: positions while calibrating, blocks while quantizing, shards while writing.
 
-    `error` is the relative output error of the block that was just done (noise over signal), where known.
+    `layers` tells of the linears of the block that was just done.
     """
 
     stage: Stage
     done: int
     total: int
     seconds_left: float | None = None
-    error: float | None = None
+    layers: tuple[LayerReport, ...] = ()
+
+    @property
+    def error(self) -> float | None:
+        """The largest noise over signal of an output of the block, where known."""
+        known = [row.output_sqnr_db for row in self.layers if row.output_sqnr_db is not None]
+        return 10 ** (-min(known) / 10) if known else None
 
 
 Listener = Callable[[QuantizeProgress], None]
@@ -71,6 +78,8 @@ class QuantReport:
     bits_per_weight: float
     skipped: tuple[str, ...]
     layers: tuple[LayerReport, ...]
+    origin: Origin = field(default_factory=dict)  # what the source says of itself
+    evaluation: dict[str, Any] | None = None  # figures of `nybble eval`
 
     def write(self, directory: Path) -> None:
         write_json(directory / "quant_report.json", asdict(self))

@@ -8,18 +8,18 @@ from fnmatch import fnmatch
 from typing import Any, Literal, get_args
 
 from nybble_models.errors import ModelError
+from nybble_models.formats.container import Container, container
+from nybble_models.formats.form import CHANNEL, TENSOR, Form
 
 Method = Literal["awq", "gptq", "awq+gptq", "rtn", "none"]
-
-CHANNEL = -1
-"""Group size that means one scale for a whole row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scheme:
     """`samples` windows of `length` tokens calibrate AWQ and GPTQ; `grid` is how many ratios AWQ tries.
 
-    `skip` holds shell patterns of linears that stay 16-bit ("*.down_proj", "model.layers.0.*").
+    `skip` holds shell patterns of linears that stay 16-bit ("*.down_proj", "model.layers.0.*"). `format` is
+    a name of `CONTAINERS`, or "auto": AWQ where it can hold the form, else compressed-tensors.
     Method "none" keeps every weight at 16 bits (a change of container only).
     """
 
@@ -32,16 +32,20 @@ class Scheme:
     length: int = 256
     grid: int = 20
     skip: tuple[str, ...] = ()
+    format: str = "auto"
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ModelError(
                 f"method {self.method!r} is unknown", hint=f"known: {', '.join(get_args(Method))}"
             )
-        if self.group_size != CHANNEL and self.group_size < 1:
+        if self.group_size < CHANNEL or (self.group_size == TENSOR and self.method != "rtn"):
             raise ModelError(
-                f"group size {self.group_size} is not positive", hint="-1 means one scale for a row"
+                f"group size {self.group_size} is not positive",
+                hint="-1 means one scale for a row; 0, with method rtn, one for the whole matrix",
             )
+        if self.format != "auto":
+            container(self.format)
         limits = {"bits": (2, 8), "samples": (1, 65536), "length": (2, 1 << 20), "grid": (1, 1000)}
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
@@ -50,9 +54,19 @@ class Scheme:
     def skips(self, name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in self.skip)
 
-    def group(self, inputs: int) -> int:
-        """The group size of a linear with this many inputs."""
-        return inputs if self.group_size == CHANNEL else self.group_size
+    @property
+    def form(self) -> Form | None:
+        """How a linear is stored unless something else is said of it; None: at 16 bits."""
+        if self.method == "none":
+            return None
+        return Form(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def container(self) -> Container:
+        if self.format != "auto":
+            return container(self.format)
+        plain = self.form is None or (self.form.bits == 4 and self.form.group_size != TENSOR)
+        return container("awq" if plain else "compressed-tensors")
 
     @property
     def folds(self) -> bool:
@@ -67,10 +81,7 @@ class Scheme:
     @property
     def label(self) -> str:
         """ "awq-w4g64", "rtn-w4g128-sym": what goes into the name of a folder."""
-        if self.method == "none":
-            return "w16"
-        group = "channel" if self.group_size == CHANNEL else f"g{self.group_size}"
-        return f"{self.method}-w{self.bits}{group}" + ("-sym" if self.symmetric else "")
+        return "w16" if self.form is None else f"{self.method}-{self.form.label}"
 
 
 PRESETS: Mapping[str, Scheme] = {

@@ -1,69 +1,98 @@
-"""Which linears a scheme rounds, and how many bytes that will make."""
+"""In which form each linear of a model is stored, and how many bytes that will make."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nybble_models.errors import ModelError
 from nybble_models.families import Family
-from nybble_models.formats.codec import Codec
+from nybble_models.formats.container import Container
+from nybble_models.formats.form import Form
 from nybble_models.spec import ModelSpec
 from nybble_quantizers.scheme import Scheme
 
-PARTNERS = (("q", "k", "v"), ("gate", "up"))  # engines fuse them, so all or none are quantized
+PARTNERS = (("q", "k", "v"), ("gate", "up"))  # engines fuse them, so they are all alike
 SPARE = 16 << 20  # tokenizer, report, and the heads of files
+
+Forms = Mapping[str, Form]
+"""By projection; a linear that stays at 16 bits is left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """`rounded[layer]` are the projections that the scheme wants and the format can hold."""
+    """`forms[layer]` are the forms that the scheme wants and the container can hold."""
 
-    rounded: tuple[frozenset[str], ...]
-    skipped: tuple[str, ...]  # full names of the others, in order
+    forms: tuple[Forms, ...]
+    names: Mapping[str, Form | None]  # of every linear, in order
     nbytes: int  # about what the folder will take
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Full names of the linears that stay at 16 bits."""
+        return tuple(name for name, form in self.names.items() if form is None)
 
-def select(spec: ModelSpec, family: Family, scheme: Scheme, codec: Codec) -> Selection:
-    """Raises `ModelError` when a quantizing scheme would round nothing."""
-    layers = range(spec.num_layers)
-    rounded = tuple(_rounded(spec, family, scheme, codec, layer) for layer in layers)
-    if scheme.method != "none" and not any(rounded):
-        shape = spec.shape("q")
-        reason = codec.fits(shape, scheme.bits, scheme.group(shape[1])) or "all of them are skipped"
-        raise ModelError(f"no linear can be quantized: {reason}", hint="change the scheme")
-    skipped = tuple(
-        family.projections[p].format(i=layer)
-        for layer in layers
+
+def units(spec: ModelSpec) -> tuple[tuple[str, ...], ...]:
+    """The projections of a block, those that engines fuse together."""
+    joined = {p: partners for partners in PARTNERS for p in partners}
+    found = (joined.get(p, (p,)) for p in spec.projections)
+    return tuple(dict.fromkeys(tuple(p for p in unit if p in spec.projections) for unit in found))
+
+
+def select(
+    spec: ModelSpec,
+    family: Family,
+    scheme: Scheme,
+    container: Container,
+    wanted: Mapping[str, Form | None] | None = None,
+) -> Selection:
+    """`wanted` are forms by full name; without it every linear gets the scheme's.
+
+    Partners must be alike: where one cannot be stored as wanted, all stay at 16 bits. Raises `ModelError`
+    when a quantizing scheme would round nothing.
+    """
+    names = {
+        name: None if scheme.skips(name) else scheme.form if wanted is None else wanted[name]
+        for name in linear_names(spec, family)
+    }
+    chosen = tuple(_fitting(spec, family, container, names, layer) for layer in range(spec.num_layers))
+    if scheme.method != "none" and not any(chosen):
+        form = scheme.form
+        reason = container.fits(spec.shape("q"), form) if form else None
+        raise ModelError(
+            f"no linear can be quantized: {reason or 'all of them are skipped'}", hint="change the scheme"
+        )
+    held = {
+        family.projections[p].format(i=layer): chosen[layer].get(p)
+        for layer in range(spec.num_layers)
         for p in spec.projections
-        if p not in rounded[layer]
-    )
-    return Selection(rounded, skipped, _bytes(spec, scheme, rounded))
+    }
+    return Selection(chosen, held, _bytes(spec, chosen))
 
 
-def _rounded(spec: ModelSpec, family: Family, scheme: Scheme, codec: Codec, layer: int) -> frozenset[str]:
-    if scheme.method == "none":
-        return frozenset()
-
-    def fits(projection: str) -> bool:
-        shape = spec.shape(projection)
-        held = codec.fits(shape, scheme.bits, scheme.group(shape[1])) is None
-        return held and not scheme.skips(family.projections[projection].format(i=layer))
-
-    fit = {p for p in spec.projections if fits(p)}
-    for partners in PARTNERS:
-        present = {p for p in partners if p in spec.projections}
-        if not present <= fit:
-            fit -= present
-    return frozenset(fit)
+def linear_names(spec: ModelSpec, family: Family) -> list[str]:
+    return [family.projections[p].format(i=i) for i in range(spec.num_layers) for p in spec.projections]
 
 
-def _bytes(spec: ModelSpec, scheme: Scheme, rounded: tuple[frozenset[str], ...]) -> int:
-    """Codes, a 16-bit scale and a zero a group; 16 bits for every other weight."""
-    total = 2.0 * spec.parameters + SPARE
-    for layer in rounded:
-        for projection in layer:
+def _fitting(
+    spec: ModelSpec, family: Family, container: Container, names: Mapping[str, Form | None], layer: int
+) -> Forms:
+    chosen: dict[str, Form] = {}
+    for unit in units(spec):
+        forms = [names[family.projections[p].format(i=layer)] for p in unit]
+        shapes = [spec.shape(p) for p in unit]
+        if all(f is not None and container.fits(s, f) is None for f, s in zip(forms, shapes, strict=True)):
+            chosen |= {p: form for p, form in zip(unit, forms, strict=True) if form is not None}
+    return chosen
+
+
+def _bytes(spec: ModelSpec, forms: tuple[Forms, ...]) -> int:
+    """As stored; 16 bits for every other weight."""
+    total = 2 * spec.parameters + SPARE
+    for layer in forms:
+        for projection, form in layer.items():
             shape = spec.shape(projection)
-            per_weight = scheme.bits / 8 + (2 + scheme.bits / 8) / scheme.group(shape[1])
-            total += math.prod(shape) * (per_weight - 2)
-    return int(total)
+            total += form.nbytes(shape) - 2 * math.prod(shape)
+    return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from nybble_kernels import reference
 from nybble_models.decoder import Decoder
+from nybble_models.formats.form import Form
 from nybble_models.weights import Block, Linear
+from nybble_models.window import Window
 from nybble_quantizers import awq
-from nybble_quantizers.block import TINY, Finding, Window
+from nybble_quantizers.block import TINY, Finding
 from nybble_quantizers.folding import float_weight
 from nybble_quantizers.gptq import DAMP, Factor, Rounded, factorise, round_to
 from nybble_quantizers.scheme import Scheme
@@ -36,13 +39,13 @@ class Passage:
         layer: int,
         block: Block,
         scheme: Scheme,
-        rounded: frozenset[str],
+        forms: Mapping[str, Form],
         run: Map = in_turn,
     ) -> None:
         self.decoder = decoder
         self.layer = layer
         self.scheme = scheme
-        self.rounded = rounded
+        self.forms = forms
         self.run = run
         self.made = Block(dict(block.linears), block.norms)
         self.dense = Block(dict(block.linears), block.norms)
@@ -83,21 +86,20 @@ class Passage:
 
     def _round(self, names: tuple[str, ...], inputs: list[Tensor]) -> None:
         """The linears of one input: they share its Hessian."""
-        wanted = [name for name in names if name in self.rounded]
+        wanted = [name for name in names if name in self.forms]
         if not wanted:
             return
         gram = hessian(inputs, self.run)
-        group = self.scheme.group(len(gram))
-        factor = factorise(gram, group)
+        factor = factorise(gram, self.forms[wanted[0]].group(len(gram)))
         if factor.damp > DAMP:
             log.warning("layer %d, input of %s: damping raised to %g", self.layer, wanted[0], factor.damp)
         weights = {name: float_weight(self.dense.linears[name]) for name in wanted}
-        done = self.run(lambda name: self._one(weights[name], factor), wanted)
+        done = self.run(lambda name: self._one(weights[name], factor, self.forms[name]), wanted)
         for name, rounded in zip(wanted, done, strict=True):
             self._keep(name, weights[name], rounded, gram)
 
-    def _one(self, weight: Tensor, factor: Factor) -> Rounded:
-        return round_to(weight, factor, self.scheme.bits, self.scheme.symmetric, self.scheme.clip)
+    def _one(self, weight: Tensor, factor: Factor, form: Form) -> Rounded:
+        return round_to(weight, factor, form.bits, form.symmetric, self.scheme.clip)
 
     def _keep(self, name: str, weight: Tensor, rounded: Rounded, gram: Tensor) -> None:
         bias, dense = self.dense.linears[name].bias, rounded.weight.dequantize()

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from nybble_kernels.quantized import Weight
+from nybble_kernels.quantized import Weight, dense
 from nybble_models.decoder import Decoder
 from nybble_models.errors import BrokenCheckpoint
 from nybble_models.loader import Loader
 from nybble_models.weights import Block, Linear, Norm, Weights
-from nybble_quantizers.block import Finding, Scene, Window, fold_block, quantize_block
+from nybble_models.window import Window
+from nybble_quantizers.block import Finding, Scene, fold_block, quantize_block
 from nybble_quantizers.calibrate import Calibration, Inputs, Observation, read_windows
 from nybble_quantizers.generate import generate
 from nybble_quantizers.report import Listener, QuantizeProgress
 from nybble_quantizers.scheme import Scheme
+from nybble_quantizers.selection import Forms
 from nybble_quantizers.sequential import Passage, merged
 from nybble_quantizers.tokenizing import load_tokenizer
 from nybble_quantizers.workers import Map
@@ -70,13 +74,11 @@ class Stream:
         self.scheme = scheme
         spec = loader.spec
         empty = [Block()] * spec.num_layers
-        weights = Weights(loader.embed(), loader.positions(), empty, loader.final_norm(), None)
+        weights = Weights(dense(loader.embed()), loader.positions(), empty, loader.final_norm(), None)
         self.decoder = Decoder(spec, weights)
         self.states: list[Tensor] = [self.decoder.embed(window) for window in calibration.tokens]
 
-    def advance(
-        self, layer: int, block: Block, rounded: frozenset[str]
-    ) -> tuple[Block, Block, dict[str, Finding]]:
+    def advance(self, layer: int, block: Block, forms: Forms) -> tuple[Block, Block, dict[str, Finding]]:
         """(folded, quantized, findings) of one block, see `quantize_block`; moves the text past it."""
         scheme, run = self.scheme, self.run
         folded, findings = block, dict[str, Finding]()
@@ -84,11 +86,19 @@ class Stream:
             scene, moved = self._watch(layer, block)
             if not scheme.compensates:
                 self.states = moved
-                return quantize_block(block, scene, scheme, rounded, run)
-            folded, findings = fold_block(block, scene, scheme, rounded, run)
-        passage = Passage(self.decoder, layer, folded, scheme, rounded, run)
+                return quantize_block(block, scene, scheme, forms, run)
+            folded, findings = fold_block(block, scene, scheme, forms, run)
+        passage = Passage(self.decoder, layer, folded, scheme, forms, run)
         self.states = passage.through(self.states)
         return folded, passage.made, merged(findings, passage.findings)
+
+    def kept(self) -> dict[str, Tensor]:
+        """All that the next block needs to know of the blocks before it."""
+        return {"states": torch.stack(self.states)}
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        """Go on after the block with which `kept` was made."""
+        self.states = list(kept["states"])
 
     def _watch(self, layer: int, block: Block) -> tuple[Scene, list[Tensor]]:
         """What the linears of the float block read, and the states after it."""

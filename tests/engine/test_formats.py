@@ -26,6 +26,7 @@ from nybble_models.formats.compressed_tensors import IntQuantizedCodec, PackQuan
 from nybble_models.formats.gptq import GptqCodec
 from nybble_models.loader import Loader
 from support_checkpoint import write_checkpoint
+from support_quantized import uniform
 from support_runner import Collector, request
 from support_tiny import round_to_nearest
 
@@ -42,6 +43,7 @@ class Case:
     group: int = 32
     symmetric: bool = True
     order: bool = False
+    w8a8: bool = False
 
     def levels(self, weight: Tensor) -> QuantizedTensor:
         """Scales are float16 numbers and zeros at least 1, so that every format can hold them."""
@@ -60,7 +62,7 @@ CASES = {
     "gptq 3-bit act-order": Case(GptqCodec(version=2, act_order=True), 3, symmetric=False, order=True),
     "gptq 8-bit channel": Case(GptqCodec(), 8, -1),
     "pack-quantized": Case(PackQuantizedCodec(), symmetric=False),
-    "int-quantized": Case(IntQuantizedCodec(), 8, -1),
+    "int-quantized": Case(IntQuantizedCodec(), 8, -1, w8a8=True),
 }
 
 
@@ -78,7 +80,7 @@ def write(directory: Path, case: Case, **changes: Any) -> tuple[Path, Path]:
         stored |= {name.removesuffix("weight") + part: t for part, t in case.codec.encode(levels).items()}
     save_file(stored, folders[0] / "model.safetensors")
     save_file(meant, folders[1] / "model.safetensors")
-    settings = case.codec.settings(case.bits, case.group, case.symmetric, ())
+    settings = case.codec.settings(uniform(case.bits, case.group, case.symmetric, case.w8a8))
     configure(folders[0], settings | changes)
     return folders
 
@@ -168,8 +170,8 @@ def test_one_checkpoint_may_mix_formats_and_floats(tmp_path: Path) -> None:
     save_file(pick(parts[0], parts[1]), packed / "model.safetensors")
     save_file(pick(parts[2], parts[3]), meant / "model.safetensors")
     groups = {
-        "group_0": PackQuantizedCodec().settings(4, 32, False, ())["config_groups"]["group_0"],
-        "group_1": IntQuantizedCodec().settings(8, -1, True, ())["config_groups"]["group_0"]
+        "group_0": PackQuantizedCodec().settings(uniform(4, 32))["config_groups"]["group_0"],
+        "group_1": IntQuantizedCodec().settings(uniform(8, -1, True, w8a8=True))["config_groups"]["group_0"]
         | {"targets": [r"re:model\.layers\.1\."]},
     }
     configure(packed, {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": []})

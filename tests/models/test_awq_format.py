@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.errors import BrokenCheckpoint
 from nybble_models.formats.awq import AwqCodec, pack, unpack
+from nybble_models.formats.form import Form
 from support_quantized import quantized
 
 CODEC = AwqCodec()
@@ -80,7 +81,7 @@ def test_inputs_are_left_alone() -> None:
 def test_it_says_what_it_cannot_hold(
     shape: tuple[int, int], bits: int, group: int, reason: str | None
 ) -> None:
-    found = CODEC.fits(shape, bits, group)
+    found = CODEC.fits(shape, Form(bits, group))
     assert found is None if reason is None else reason in str(found)
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.errors import BrokenCheckpoint
 from nybble_models.formats.compressed_tensors import IntQuantizedCodec, PackQuantizedCodec
+from nybble_models.formats.form import CHANNEL, Form
 from nybble_models.formats.gptq import GptqCodec
 from nybble_models.formats.overrides import for_linear
-from support_quantized import quantized
+from support_quantized import quantized, uniform
 
 PACKED, PLAIN = PackQuantizedCodec(), IntQuantizedCodec()
 Codec = PackQuantizedCodec | IntQuantizedCodec
@@ -28,7 +29,9 @@ def weight(
 
 def said(codec: Codec, bits: int, group: int, symmetric: bool) -> Any:
     """The settings of one linear, as the loader finds them."""
-    return for_linear(codec.settings(bits, group, symmetric, ()), "model.layers.0.mlp.down_proj")
+    return for_linear(
+        codec.settings(uniform(bits, group, symmetric, codec is PLAIN)), "model.layers.0.mlp.down_proj"
+    )
 
 
 def plain(codec: Codec, stored: dict[str, Tensor], made: QuantizedTensor) -> Tensor:
@@ -144,12 +147,28 @@ def test_older_files_with_an_order_of_inputs_are_read() -> None:
 
 
 def test_what_other_programs_look_for() -> None:
-    found = PLAIN.settings(8, -1, True, ("model.layers.0.mlp.up_proj",))
+    found = PLAIN.settings(uniform(8, -1, True, w8a8=True) | {"model.layers.0.mlp.up_proj": None})
     assert found["ignore"] == ["lm_head", "model.layers.0.mlp.up_proj"]
     group = found["config_groups"]["group_0"]
     assert group["weights"] | {"strategy": "channel", "group_size": None} == group["weights"]
     assert group["input_activations"]["strategy"] == "token"
     assert found["format"] == group["format"] == "int-quantized"
+
+
+def test_linears_of_several_forms_are_groups_of_their_own() -> None:
+    """The commonest is every Linear's; the others are named, and a reader finds each by its name."""
+    most, other = Form(4, 32), Form(8, CHANNEL, True, inputs="token")
+    forms = {"model.layers.0.mlp.up_proj": most, "model.layers.0.mlp.gate_proj": most}
+    found = PACKED.settings(
+        forms | {"model.layers.0.mlp.down_proj": other, "model.layers.1.mlp.up_proj": None}
+    )
+    assert found["format"] == "mixed-precision"
+    assert found["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert found["config_groups"]["group_1"]["targets"] == ["model.layers.0.mlp.down_proj"]
+    assert found["ignore"] == ["lm_head", "model.layers.1.mlp.up_proj"]
+    assert for_linear(found, "model.layers.0.mlp.up_proj")["weights"]["num_bits"] == 4
+    down = for_linear(found, "model.layers.0.mlp.down_proj")
+    assert (down["weights"]["num_bits"], down["format"]) == (8, "int-quantized")
 
 
 @pytest.mark.parametrize("kind", ["minimums", "order", "groups"])

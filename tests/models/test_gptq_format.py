@@ -13,8 +13,9 @@ from torch import Tensor
 from nybble_kernels.quantized import QuantizedTensor, dense
 from nybble_models.errors import BrokenCheckpoint
 from nybble_models.formats import bitstream
+from nybble_models.formats.form import Form
 from nybble_models.formats.gptq import GptqCodec
-from support_quantized import quantized
+from support_quantized import quantized, uniform
 
 V1, V2 = GptqCodec(), GptqCodec(version=2, act_order=True)
 
@@ -117,7 +118,7 @@ def test_what_is_encoded_is_decoded(bits: int, group: int, zeros: bool, order: b
     made = weight(bits, 128 if group < 0 else group, zeros=zeros, order=order, k=128)
     codec = GptqCodec(version=2 if version == 2 else 1, act_order=True)
     stored = codec.encode(made)
-    found = V1.decode(stored, codec.settings(bits, group, not zeros, ()))
+    found = V1.decode(stored, codec.settings(uniform(bits, group, not zeros)))
     assert torch.equal(found.dequantize(), made.dequantize())
     assert found.symmetric == made.symmetric
     assert (found.permutation is not None) == (order and made.scales.shape[1] > 1)
@@ -135,7 +136,7 @@ def test_what_is_encoded_is_decoded(bits: int, group: int, zeros: bool, order: b
 )
 def test_any_shape_and_group_survives(bits: int, n: int, k: int, group: int, seed: int) -> None:
     made = weight(bits, group, zeros=True, order=True, n=32 * n, k=32 * k, seed=seed)
-    found = V2.decode(V2.encode(made), V2.settings(bits, group, False, ()))
+    found = V2.decode(V2.encode(made), V2.settings(uniform(bits, group)))
     assert torch.equal(found.dequantize(), made.dequantize())
 
 
@@ -249,7 +250,7 @@ def test_a_zero_that_borrowed_from_its_neighbour_gives_back(bits: int, one: int)
     ],
 )
 def test_it_says_what_it_cannot_hold(shape: tuple[int, int], bits: int, reason: str | None) -> None:
-    found = V1.fits(shape, bits, 32)
+    found = V1.fits(shape, Form(bits, 32))
     assert found is None if reason is None else reason in str(found)
 
 

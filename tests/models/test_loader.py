@@ -13,6 +13,7 @@ from nybble_models.checkpoint import Checkpoint
 from nybble_models.errors import BrokenCheckpoint, UnsupportedModel
 from nybble_models.formats.awq import AwqCodec
 from nybble_models.loader import Loader
+from support_quantized import uniform
 from support_tiny import CONFIGS, round_to_nearest
 
 CONFIG = CONFIGS["llama"] | {"architectures": ["LlamaForCausalLM"]}
@@ -119,7 +120,7 @@ def quantized_tensors() -> dict[str, torch.Tensor]:
     return stored
 
 
-AWQ = AwqCodec().settings(4, 32, False, ())
+AWQ = AwqCodec().settings(uniform(4, 32))
 
 
 def test_quantized_linears_go_through_their_codec(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ import pytest
 
 from nybble_models.errors import BrokenCheckpoint
 from nybble_models.formats.compressed_tensors import IntQuantizedCodec, PackQuantizedCodec
+from nybble_models.formats.form import Form
 from nybble_models.formats.gptq import GptqCodec
 from nybble_models.formats.overrides import Summary, for_linear, summary
+from support_quantized import uniform
 
 GROUPS = {
     "quant_method": "compressed-tensors",
@@ -53,10 +55,10 @@ def test_gptq_changes_settings_by_pattern(name: str, expected: tuple[int, int]) 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (PackQuantizedCodec().settings(4, 32, True, ()), Summary(4, 32, True)),
-        (IntQuantizedCodec().settings(8, -1, True, ()), Summary(8, None, True, 8)),
+        (PackQuantizedCodec().settings(uniform(4, 32, True)), Summary(4, 32, True)),
+        (IntQuantizedCodec().settings(uniform(8, -1, True, w8a8=True)), Summary(8, None, True, 8)),
         (GROUPS, Summary(4, 128, True)),
-        (GptqCodec().settings(3, -1, False, ()), Summary(3, None, False)),
+        (GptqCodec().settings(uniform(3, -1)), Summary(3, None, False)),
         ({"bits": 4, "group_size": 64, "zero_point": True, "sym": True}, Summary(4, 64, False)),
         ({}, Summary(None, None, None)),
     ],
@@ -82,7 +84,17 @@ def test_a_pattern_that_is_none_is_named(settings: dict[str, Any]) -> None:
 def test_linears_left_out_of_gptq_are_named_by_pattern() -> None:
     """GPTQModel reads a pattern that begins with "-:" as "not quantized"."""
     name = "model.layers.0.mlp.up_proj"
-    found = GptqCodec().settings(4, 32, True, (name,))
+    found = GptqCodec().settings(uniform(4, 32, True) | {name: None})
     assert found["dynamic"] == {r"-:^model\.layers\.0\.mlp\.up_proj$": {}}
     assert for_linear(found, name) == found
-    assert "dynamic" not in GptqCodec().settings(4, 32, True, ())
+    assert "dynamic" not in GptqCodec().settings(uniform(4, 32, True))
+
+
+def test_linears_of_another_form_are_named_in_gptq() -> None:
+    name = "model.layers.1.mlp.down_proj"
+    forms = uniform(4, 32, True) | {"model.layers.1.mlp.up_proj": Form(4, 32, True), name: Form(8, -1, True)}
+    found = GptqCodec().settings(forms)
+    assert (found["bits"], found["group_size"]) == (4, 32)
+    own = for_linear(found, name)
+    assert (own["bits"], own["group_size"], own["sym"]) == (8, -1, True)
+    assert for_linear(found, "model.layers.1.mlp.up_proj") == found

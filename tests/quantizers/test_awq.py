@@ -6,14 +6,16 @@ from torch.nn import functional as F
 
 from nybble_models.decoder import Decoder
 from nybble_models.families import FAMILIES
+from nybble_models.formats.form import Form
 from nybble_models.weights import Block, Weights
+from nybble_models.window import Window
 from nybble_quantizers import awq, clipping, rtn
-from nybble_quantizers.block import Scene, Window, quantize_block
+from nybble_quantizers.block import Scene, quantize_block
 from nybble_quantizers.calibrate import Inputs, Observation
 from nybble_quantizers.scheme import Scheme
 from support_tiny import CONFIGS, tiny_spec, tiny_weights
 
-SCHEME = Scheme(group_size=32)
+SCHEME, FORM = Scheme(group_size=32), Form(4, 32)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -32,7 +34,7 @@ def test_a_scale_protects_the_loud_channels() -> None:
     gram = x.T @ x
 
     def loss(scale: torch.Tensor) -> float:
-        return awq.energy(awq.scaled_rounding(weight, scale, SCHEME) - weight, gram)
+        return awq.energy(awq.scaled_rounding(weight, scale, FORM) - weight, gram)
 
     choice = awq.search(loss, x.abs().mean(0), awq.magnitude([weight], 32), 20)
     assert choice.ratio is not None
@@ -121,7 +123,7 @@ def test_awq_beats_round_to_nearest_where_channels_stand_out(name: str) -> None:
     expected = torch.stack([watched(decoder, x, inputs) for x in states])
     scene = Scene(decoder, family, 0, inputs)
     float_block = weights.blocks[0]
-    _, found, findings = quantize_block(float_block, scene, SCHEME, frozenset(spec.projections))
+    _, found, findings = quantize_block(float_block, scene, SCHEME, dict.fromkeys(spec.projections, FORM))
     nearest = {p: rtn.quantize(_weight(float_block, p), 4, 32) for p in spec.projections}
     plain = Block({p: type(x)(nearest[p], x.bias) for p, x in float_block.linears.items()}, float_block.norms)
 
@@ -156,7 +158,7 @@ def test_what_stays_float_is_neither_folded_nor_rounded() -> None:
     watched(decoder, decoder.embed(torch.arange(30)), inputs)
     scene = Scene(decoder, family, 0, inputs)
     before = weights.blocks[0]
-    _, after, findings = quantize_block(before, scene, SCHEME, frozenset({"gate", "up"}))
+    _, after, findings = quantize_block(before, scene, SCHEME, {"gate": FORM, "up": FORM})
     assert set(findings) == {"gate", "up"}
     for projection in ("q", "k", "v", "o", "down"):
         assert torch.equal(_weight(after, projection), _weight(before, projection))

@@ -13,9 +13,10 @@ from nybble.cli import main
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.checkpoint import Checkpoint
 from nybble_models.decoder import Decoder
+from nybble_models.formats.form import Form
 from nybble_models.loader import Loader
+from nybble_models.window import Window
 from nybble_quantizers import awq, clipping, gptq, rtn
-from nybble_quantizers.block import Window
 from nybble_quantizers.gptq import DAMP, Order
 from nybble_quantizers.pipeline import quantize
 from nybble_quantizers.scheme import Scheme
@@ -279,7 +280,7 @@ def test_the_text_goes_on_through_the_rounded_block() -> None:
     weights = tiny_weights(spec, group_size=None)
     decoder = Decoder(spec, weights)
     states = [decoder.embed(torch.arange(start, start + 20)) for start in (0, 50)]
-    passage = Passage(decoder, 0, weights.blocks[0], SCHEME, frozenset(spec.projections))
+    passage = Passage(decoder, 0, weights.blocks[0], SCHEME, dict.fromkeys(spec.projections, Form(4, 32)))
     after = passage.through(states)
     weights.blocks[0] = passage.made
     for state, moved in zip(states, after, strict=True):

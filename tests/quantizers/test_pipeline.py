@@ -4,6 +4,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.checkpoint import Checkpoint
 from nybble_models.decoder import Decoder
 from nybble_models.errors import BrokenCheckpoint, ModelError
+from nybble_models.formats.form import Form
 from nybble_models.loader import Loader
-from nybble_quantizers import output
+from nybble_quantizers import journal, output
 from nybble_quantizers.pipeline import quantize
 from nybble_quantizers.report import QuantizeProgress
 from nybble_quantizers.scheme import Scheme
@@ -159,7 +161,7 @@ def test_the_scheme_is_what_is_read_back(tmp_path: Path, source: Path, changes: 
     for linear in Loader(Checkpoint(tmp_path / "out")).block(1).linears.values():
         assert isinstance(linear.weight, QuantizedTensor)
         assert linear.weight.symmetric == scheme.symmetric
-        assert linear.weight.group_size == scheme.group(linear.weight.in_features)
+        assert linear.weight.group_size == Form(4, scheme.group_size).group(linear.weight.in_features)
     assert any(layer.clip_share for layer in report.layers) == scheme.clip
     assert distance(tmp_path / "out", source) < 0.6
 
@@ -254,7 +256,7 @@ def test_quantizing_twice_is_refused(tmp_path: Path, source: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "reason"),
     [
-        (replace(RTN, bits=3), "4-bit"),
+        (replace(RTN, bits=3, format="awq"), "4-bit"),
         (replace(RTN, group_size=60), "group size"),
         (replace(RTN, skip=("*",)), "skip"),
     ],
@@ -276,35 +278,17 @@ def test_a_full_disk_is_seen_before_the_work(
         quantize(source, tmp_path / "out", RTN)
 
 
+@pytest.mark.parametrize("where", [journal, output], ids=["a block", "a shard"])
 def test_a_write_that_fails_leaves_nothing(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, where: ModuleType
 ) -> None:
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(output, "save_file", full)
+    monkeypatch.setattr(where, "save_file", full)
     with pytest.raises(ModelError, match="No space left"):
         quantize(source, tmp_path / "out", RTN)
     assert {f.name for f in tmp_path.iterdir()} == {"plain"}
-
-
-def test_ctrl_c_leaves_nothing(tmp_path: Path, source: Path) -> None:
-    def interrupt(event: QuantizeProgress) -> None:
-        if event.stage == "quantize" and event.done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(source, tmp_path / "out", AWQ, progress=interrupt)
-    assert {f.name for f in tmp_path.iterdir()} == {"plain"}
-
-
-def test_what_a_killed_run_left_is_swept(tmp_path: Path, source: Path) -> None:
-    (tmp_path / ".out.partial-dead").mkdir()
-    (tmp_path / ".out.partial-dead" / "shard-0.safetensors").write_bytes(b"half")
-    with output.appearing(tmp_path / "other", 0):
-        quantize(source, tmp_path / "out", RTN)
-        assert list(tmp_path.glob(".other.partial-*"))  # a live run's is left alone
-    assert not list(tmp_path.glob(".out.partial-*"))
 
 
 def test_only_one_block_is_held(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.errors import BrokenCheckpoint
+from nybble_models.formats.codec import form_of, needs_floats
+from nybble_models.formats.form import Form, rule
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS = 4
@@ -55,7 +57,7 @@ class AwqCodec:
         )
 
     def encode(self, weight: QuantizedTensor) -> dict[str, Tensor]:
-        reason = self.fits(weight.shape, weight.bits, weight.group_size)
+        reason = self.fits(weight.shape, form_of(weight))
         if reason or weight.minimums is not None or weight.permutation is not None:
             raise ValueError(reason or "AWQ holds integer zero points in input order only")
         zeros = torch.full_like(weight.scales, 8, dtype=torch.uint8) if weight.zeros is None else weight.zeros
@@ -65,28 +67,33 @@ class AwqCodec:
             "scales": weight.scales.T.to(torch.float16).contiguous(),
         }
 
-    def fits(self, shape: tuple[int, int], bits: int, group_size: int) -> str | None:
+    def fits(self, shape: tuple[int, int], form: Form) -> str | None:
         outputs, inputs = shape
-        if bits != BITS:
-            return f"AWQ holds 4-bit weights, not {bits}-bit"
+        group = form.group(inputs)
+        if (reason := needs_floats(form)) is not None:
+            return reason
+        if form.bits != BITS:
+            return f"AWQ holds 4-bit weights, not {form.bits}-bit"
         if outputs % 8:
             return f"{outputs} outputs are not a multiple of 8"
-        if inputs % group_size:
-            return f"{inputs} inputs are not a multiple of the group size {group_size}"
+        if inputs % group:
+            return f"{inputs} inputs are not a multiple of the group size {group}"
         return None
 
-    def settings(
-        self, bits: int, group_size: int, symmetric: bool, skipped: tuple[str, ...]
-    ) -> dict[str, Any]:
+    def settings(self, forms: Mapping[str, Form | None]) -> dict[str, Any]:
+        """Raises `ValueError` for linears of several forms."""
+        form = rule(forms.values())
+        if any(other not in (None, form) for other in forms.values()):
+            raise ValueError("AWQ has one form for all linears")
         return {
             "quant_method": self.method,
             "version": "gemm",
-            "bits": bits,
-            "group_size": group_size,
-            "zero_point": not symmetric,
-            "sym": symmetric,
+            "bits": form.bits,
+            "group_size": form.group_size,
+            "zero_point": not form.symmetric,
+            "sym": form.symmetric,
             "desc_act": False,
-            "modules_to_not_convert": list(skipped) or None,
+            "modules_to_not_convert": [name for name, found in forms.items() if found is None] or None,
         }
 
 

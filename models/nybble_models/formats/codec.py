@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from nybble_kernels.quantized import QuantizedTensor
+from nybble_models.formats.form import CHANNEL, TENSOR, Form
 
 
 class Codec(Protocol):
@@ -36,12 +37,27 @@ class Codec(Protocol):
         """Raises `ValueError` when the format cannot hold the weight (see `fits`)."""
         ...
 
-    def fits(self, shape: tuple[int, int], bits: int, group_size: int) -> str | None:
-        """Why a linear of this shape cannot be stored, or None."""
+    def fits(self, shape: tuple[int, int], form: Form) -> str | None:
+        """Why a linear of this shape cannot be stored in this form, or None."""
         ...
 
-    def settings(
-        self, bits: int, group_size: int, symmetric: bool, skipped: tuple[str, ...]
-    ) -> dict[str, Any]:
-        """The `quantization_config` that goes into config.json."""
+    def settings(self, forms: Mapping[str, Form | None]) -> dict[str, Any]:
+        """The `quantization_config` that goes into config.json. None stands for a linear at 16 bits."""
         ...
+
+
+def form_of(weight: QuantizedTensor) -> Form:
+    """What a weight is, apart from its numbers."""
+    group = weight.group_size if weight.group_size < weight.in_features else CHANNEL
+    return Form(weight.bits, group, weight.symmetric)
+
+
+def needs_floats(form: Form) -> str | None:
+    """Why a format of integer levels for float inputs cannot hold a form, or None."""
+    if form.kind != "int":
+        return "8-bit floats need compressed-tensors"
+    if form.inputs is not None:
+        return "rounded inputs need compressed-tensors"
+    if form.group_size == TENSOR:
+        return "one scale for a whole matrix needs compressed-tensors"
+    return None

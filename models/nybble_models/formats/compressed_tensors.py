@@ -20,9 +20,9 @@ from torch import Tensor
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.errors import BrokenCheckpoint
 from nybble_models.formats import act_order, bitstream
+from nybble_models.formats.form import CHANNEL, TENSOR, Form, rule
 
 WIDTHS = range(2, 9)
-TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
 
 Settings = Mapping[str, Any]
 
@@ -30,15 +30,19 @@ Settings = Mapping[str, Any]
 class _CompressedTensors:
     method = "compressed-tensors"
     format: str
-    activations: Mapping[str, Any] | None = None
 
-    def fits(self, shape: tuple[int, int], bits: int, group_size: int) -> str | None:
-        if shape[1] % group_size:
-            return f"{shape[1]} inputs are not a multiple of the group size {group_size}"
+    def fits(self, shape: tuple[int, int], form: Form) -> str | None:
+        group = form.group(shape[1])
+        if shape[1] % group:
+            return f"{shape[1]} inputs are not a multiple of the group size {group}"
+        if format_of(form) != self.format:
+            return f"{form.label} is stored as {format_of(form)}, not {self.format}"
         return None
 
     def _check(self, weight: QuantizedTensor) -> None:
-        reason = self.fits(weight.shape, weight.bits, weight.group_size)
+        reason = None
+        if weight.in_features % weight.group_size:
+            reason = f"{weight.in_features} inputs are not a multiple of the group size {weight.group_size}"
         if weight.minimums is not None:
             reason = "compressed-tensors holds integer zero points, not real minimums"
         if weight.permutation is not None:
@@ -46,33 +50,60 @@ class _CompressedTensors:
         if reason:
             raise ValueError(reason)
 
-    def settings(
-        self, bits: int, group_size: int, symmetric: bool, skipped: tuple[str, ...]
-    ) -> dict[str, Any]:
-        weights = {
-            "num_bits": bits,
-            "type": "int",
-            "symmetric": symmetric,
-            "strategy": "group" if group_size > 0 else "channel",
-            "group_size": group_size if group_size > 0 else None,
-            "dynamic": False,
-        }
-        return {
-            "quant_method": self.method,
-            "format": self.format,
-            "quantization_status": "compressed",
-            "ignore": ["lm_head", *skipped],
-            "kv_cache_scheme": None,
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": weights,
-                    "input_activations": self.activations,
-                    "output_activations": None,
-                    "format": self.format,
-                }
-            },
-        }
+    def settings(self, forms: Mapping[str, Form | None]) -> dict[str, Any]:
+        return settings_of(forms)
+
+
+def format_of(form: Form) -> str:
+    """Which of the formats holds it."""
+    if form.kind == "float":
+        return "float-quantized"
+    return "pack-quantized" if form.inputs is None else "int-quantized"
+
+
+def settings_of(forms: Mapping[str, Form | None]) -> dict[str, Any]:
+    """The form that most linears have is that of every `Linear`; others are listed by name."""
+    common = rule(forms.values())
+    others = dict.fromkeys(form for form in forms.values() if form not in (None, common))
+    groups = {"group_0": _group(common, ["Linear"])}
+    for number, form in enumerate(others, start=1):
+        groups[f"group_{number}"] = _group(form, [name for name, found in forms.items() if found == form])
+    formats = {group["format"] for group in groups.values()}
+    left = [name for name, form in forms.items() if form is None]
+    return {
+        "quant_method": _CompressedTensors.method,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": left if "lm_head" in forms else ["lm_head", *left],
+        "kv_cache_scheme": None,
+        "config_groups": groups,
+    }
+
+
+def _group(form: Form, targets: list[str]) -> dict[str, Any]:
+    strategy = {CHANNEL: "channel", TENSOR: "tensor"}.get(form.group_size, "group")
+    weights = {
+        "num_bits": form.bits,
+        "type": form.kind,
+        "symmetric": form.symmetric,
+        "strategy": strategy,
+        "group_size": form.group_size if form.group_size > 0 else None,
+        "dynamic": False,
+    }
+    inputs = form.inputs and {
+        "num_bits": 8,
+        "type": form.kind,
+        "symmetric": True,
+        "strategy": form.inputs,
+        "dynamic": form.inputs == "token",
+    }
+    return {
+        "targets": targets,
+        "weights": weights,
+        "input_activations": inputs,
+        "output_activations": None,
+        "format": format_of(form),
+    }
 
 
 class PackQuantizedCodec(_CompressedTensors):
@@ -121,7 +152,6 @@ class IntQuantizedCodec(_CompressedTensors):
     format = "int-quantized"
     names = ("weight_scale", "weight")
     optional = ("weight_zero_point",)
-    activations = TOKENS
 
     def decode(self, tensors: Mapping[str, Tensor], settings: Settings) -> QuantizedTensor:
         bits, symmetric = _weights(settings)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,3 +53,8 @@ class Form:
             return f"w{self.bits}a8" + ("-static" if self.inputs == "tensor" else "")
         group = {CHANNEL: "channel", TENSOR: "tensor"}.get(self.group_size, f"g{self.group_size}")
         return f"w{self.bits}{group}" + ("-sym" if self.symmetric else "")
+
+
+def rule(forms: Iterable[Form | None]) -> Form:
+    """The form that most linears have (the first of them where several do). At least one has a form."""
+    return Counter(form for form in forms if form is not None).most_common(1)[0][0]

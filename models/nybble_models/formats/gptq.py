@@ -20,6 +20,8 @@ from torch import Tensor
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.errors import BrokenCheckpoint
 from nybble_models.formats import act_order, bitstream
+from nybble_models.formats.codec import form_of, needs_floats
+from nybble_models.formats.form import Form, rule
 
 WIDTHS = (2, 3, 4, 8)
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every level of a word
@@ -70,7 +72,7 @@ class GptqCodec:
         return act_order.in_groups(weight, tensors["g_idx"]) if "g_idx" in tensors else weight
 
     def encode(self, weight: QuantizedTensor) -> dict[str, Tensor]:
-        reason = self.fits(weight.shape, weight.bits, weight.group_size) or self._cannot_say(weight)
+        reason = self.fits(weight.shape, form_of(weight)) or self._cannot_say(weight)
         if reason:
             raise ValueError(reason)
         codes, g_idx = act_order.by_input(weight)
@@ -97,7 +99,10 @@ class GptqCodec:
             return "GPTQ v1 has no zero point 0; v2 does"
         return None
 
-    def fits(self, shape: tuple[int, int], bits: int, group_size: int) -> str | None:
+    def fits(self, shape: tuple[int, int], form: Form) -> str | None:
+        bits = form.bits
+        if (reason := needs_floats(form)) is not None:
+            return reason
         if bits not in WIDTHS:
             return f"GPTQ holds 2, 3, 4 or 8-bit weights, not {bits}-bit"
         whole = bitstream.whole(bits)
@@ -106,21 +111,26 @@ class GptqCodec:
                 return f"{count} {name} are not a multiple of {whole}, which {bits}-bit words need"
         return None
 
-    def settings(
-        self, bits: int, group_size: int, symmetric: bool, skipped: tuple[str, ...]
-    ) -> dict[str, Any]:
-        left_out: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in skipped}
+    def settings(self, forms: Mapping[str, Form | None]) -> dict[str, Any]:
+        form = rule(forms.values())
+        dynamic: dict[str, Any] = {}
+        for name, found in forms.items():
+            if found is None:
+                dynamic[f"-:^{re.escape(name)}$"] = {}
+            elif found != form:
+                changed = {"bits": found.bits, "group_size": found.group_size, "sym": found.symmetric}
+                dynamic[f"+:^{re.escape(name)}$"] = changed
         return {
             "quant_method": self.method,
-            "bits": bits,
-            "group_size": group_size,
+            "bits": form.bits,
+            "group_size": form.group_size,
             "desc_act": self.act_order,
-            "sym": symmetric,
+            "sym": form.symmetric,
             "lm_head": False,
             "true_sequential": True,
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "pack_dtype": "int32",
-        } | ({"dynamic": left_out} if skipped else {})
+        } | ({"dynamic": dynamic} if dynamic else {})
 
 
 def _bits(settings: Mapping[str, Any]) -> int:

@@ -1,0 +1,48 @@
+"""`Container`: the format of a whole checkpoint, by the name that a user gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from nybble_models.errors import ModelError
+from nybble_models.formats.awq import AwqCodec
+from nybble_models.formats.codec import Codec
+from nybble_models.formats.compressed_tensors import IntQuantizedCodec, PackQuantizedCodec, format_of
+from nybble_models.formats.form import Form
+from nybble_models.formats.gptq import GptqCodec
+
+
+@dataclass(frozen=True)
+class Container:
+    """Which codec stores a linear of which form."""
+
+    name: str
+    codec: Callable[[Form], Codec]
+
+    def fits(self, shape: tuple[int, int], form: Form) -> str | None:
+        """Why a linear cannot be stored, or None."""
+        return self.codec(form).fits(shape, form)
+
+
+_AWQ, _V1, _V2, _ACT_ORDER = AwqCodec(), GptqCodec(), GptqCodec(version=2), GptqCodec(act_order=True)
+_COMPRESSED: Mapping[str, Codec] = {
+    codec.format: codec for codec in (PackQuantizedCodec(), IntQuantizedCodec())
+}
+
+CONTAINERS: Mapping[str, Container] = {
+    each.name: each
+    for each in (
+        Container("awq", lambda form: _AWQ),
+        Container("gptq", lambda form: _V1),
+        Container("gptq_v2", lambda form: _V2),
+        Container("compressed-tensors", lambda form: _COMPRESSED[format_of(form)]),
+    )
+}
+
+
+def container(name: str) -> Container:
+    """Raises `ModelError` for a name that is none."""
+    if name not in CONTAINERS:
+        raise ModelError(f"format {name!r} is unknown", hint=f"known: {', '.join(CONTAINERS)}")
+    return CONTAINERS[name]

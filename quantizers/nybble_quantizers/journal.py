@@ -1,0 +1,109 @@
+"""What of a run is done, block by block: the same command after a crash goes on where it stood."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nybble_quantizers.report import LayerReport, versions
+
+Stored = Mapping[str, tuple[str, Tensor]]
+"""By full name: the kind ("linear", "norm", ...) and the tensor."""
+
+
+class Journal:
+    """Files in a folder: the calibration text, each finished block, and the text's state after the last.
+
+    A file appears under its name only when it is whole. What cannot be read counts as not done.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def done(self, stateful: bool) -> int:
+        """How many blocks need not be done again; `stateful`: whether the next one needs the states."""
+        count = 0
+        while self._whole(self._block(count)):
+            count += 1
+        while stateful and count and not self._whole(self._states(count - 1)):
+            count -= 1
+        return count
+
+    def calibration(self) -> tuple[Tensor, str] | None:
+        """The token windows and where they came from."""
+        path = self.folder / "calibration.safetensors"
+        if not self._whole(path):
+            return None
+        return load_file(path)["tokens"], self._facts(path)["origin"]
+
+    def keep_calibration(self, tokens: Tensor, origin: str) -> None:
+        self._write(self.folder / "calibration.safetensors", {"tokens": tokens}, {"origin": origin})
+
+    def keep(
+        self, layer: int, stored: Stored, reports: list[LayerReport], states: Mapping[str, Tensor]
+    ) -> None:
+        """A block is done. The states come first: a block without them could not be followed by another."""
+        if states:
+            self._write(self._states(layer), states, {})
+        facts = {
+            "kinds": {name: kind for name, (kind, _) in stored.items()},
+            "reports": [asdict(report) for report in reports],
+        }
+        self._write(self._block(layer), {name: tensor for name, (_, tensor) in stored.items()}, facts)
+        self._states(layer - 1).unlink(missing_ok=True)
+
+    def states(self, layer: int) -> dict[str, Tensor]:
+        """As kept with block `layer`."""
+        return load_file(self._states(layer))
+
+    def reports(self, layer: int) -> list[LayerReport]:
+        return [LayerReport(**row) for row in self._facts(self._block(layer))["reports"]]
+
+    def stored(self, layer: int) -> dict[str, tuple[str, Tensor]]:
+        path = self._block(layer)
+        kinds, tensors = self._facts(path)["kinds"], load_file(path)
+        return {name: (kinds[name], tensors[name]) for name in kinds}
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def _block(self, layer: int) -> Path:
+        return self.folder / f"block-{layer:05}.safetensors"
+
+    def _states(self, layer: int) -> Path:
+        return self.folder / f"states-{layer:05}.safetensors"
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        unfinished = path.with_suffix(".unfinished")
+        save_file(dict(tensors), unfinished, metadata={"facts": json.dumps(facts)})
+        os.replace(unfinished, path)
+
+    def _whole(self, path: Path) -> bool:
+        try:
+            with safe_open(path, framework="pt"):
+                return True
+        except (OSError, SafetensorError):
+            return False
+
+    def _facts(self, path: Path) -> Any:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["facts"])
+
+
+def key_of(source: Path, *settings: object) -> str:
+    """Names a run: the same source, settings and libraries give the same key, anything else another."""
+    files = [source] if source.is_file() else sorted(f for f in source.iterdir() if f.is_file())
+    seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    text = repr((str(source.resolve()), seen, settings, versions()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
