@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,21 +11,33 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from nybble_models.errors import ModelError
+from nybble_quantizers import overlap
+from nybble_quantizers.corpus import read_documents
 
 SCARCE = 4  # a file with fewer than 1 / SCARCE of the windows asked for is refused
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Token windows without padding, int64 [samples, length], and where they come from."""
+    """Token windows without padding, int64 [samples, length], and where they come from.
+
+    `sketch` holds fingerprints of its runs of words (see `overlap`), where it was read and not written.
+    """
 
     tokens: Tensor
     origin: str
+    sketch: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, object]:
         digest = hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()
         samples, length = self.tokens.shape
-        return {"origin": self.origin, "samples": samples, "length": length, "sha256": digest}
+        return {
+            "origin": self.origin,
+            "samples": samples,
+            "length": length,
+            "sha256": digest,
+            "sketch": list(self.sketch),
+        }
 
 
 def read_windows(path: Path, tokenizer: Tokenizer, samples: int, length: int, seed: int) -> Calibration:
@@ -45,41 +56,28 @@ def read_windows(path: Path, tokenizer: Tokenizer, samples: int, length: int, se
         )
     windows = torch.tensor(ids[: found * length], dtype=torch.int64).view(found, length)
     chosen = torch.randperm(found, generator=torch.Generator().manual_seed(seed))[:samples]
-    return Calibration(windows[chosen.sort().values], path.name)
+    drawn = windows[chosen.sort().values]
+    texts = tokenizer.decode_batch(drawn.tolist())
+    return Calibration(drawn, path.name, tuple(overlap.sketch(texts)))
 
 
-def read_documents(path: Path) -> list[str]:
-    """.jsonl: the "text" of every line; anything else: the whole file as one document."""
-    try:
-        text = path.read_text(encoding="utf8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read {path}: {error}", hint="give a UTF-8 .txt or .jsonl file") from None
-    if path.suffix != ".jsonl":
-        return [text]
-    documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            documents.append(_text_of(line, path, number))
-    return documents
-
-
-def _text_of(line: str, path: Path, number: int) -> str:
-    try:
-        row = json.loads(line)
-        text = row["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise ModelError(f'{path}:{number} has no "text"', hint='each line is an object: {"text": "..."}')
-    return text
+def refuse_overlap(calibration: Calibration, evaluation: Path) -> None:
+    """Raises `ModelError` where the text that is to judge the result shares ten words in a row with it."""
+    found = overlap.shared("\n".join(read_documents(evaluation)), calibration.sketch)
+    if found:
+        raise ModelError(
+            f"{calibration.origin} shares {len(found)} passages with {evaluation.name}, as {found[0]!r}",
+            hint="calibrate on another text, or judge by another",
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What one linear read of one window: the input [T, K], mean |x| [K], and XᵀX [K, K]."""
+    """What one linear read of one window: the input [T, K], mean and largest |x| [K], and XᵀX [K, K]."""
 
     rows: Tensor
     mean: Tensor
+    peak: Tensor
     gram: Tensor
 
 
@@ -87,19 +85,21 @@ class Observation(dict[str, Seen]):
     """One window's way through a block, by the name under which the decoder shows an input."""
 
     def observe(self, projection: str, x: Tensor) -> None:
-        self[projection] = Seen(x, x.abs().mean(0), x.T @ x)
+        size = x.abs()
+        self[projection] = Seen(x, size.mean(0), size.amax(0), x.T @ x)
 
 
 @dataclass(eq=False)
 class Inputs:
     """What the linears of one block read, summed over windows.
 
-    mean: mean |x| of each input channel, [K] · gram: XᵀX over all tokens, [K, K] · tokens: how many there
-    were · rows: the inputs themselves of the first `kept` windows, each [T, K].
+    mean, peak: mean and largest |x| of each input channel, [K] · gram: XᵀX over all tokens, [K, K] · tokens:
+    how many there were · rows: the inputs themselves of the first `kept` windows, each [T, K].
     """
 
     kept: int
     mean: dict[str, Tensor] = field(default_factory=dict)
+    peak: dict[str, Tensor] = field(default_factory=dict)
     gram: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -110,9 +110,11 @@ class Inputs:
             total = before + len(seen.rows)
             if before == 0:
                 self.mean[projection], self.gram[projection] = seen.mean.clone(), seen.gram.clone()
+                self.peak[projection] = seen.peak.clone()
             else:
                 self.mean[projection] += (seen.mean - self.mean[projection]) * (len(seen.rows) / total)
                 self.gram[projection] += seen.gram
+                self.peak[projection] = torch.maximum(self.peak[projection], seen.peak)
             rows = self.rows.setdefault(projection, [])
             if len(rows) < self.kept:
                 rows.append(seen.rows)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nybble_quantizers.calibrate import Calibration
 from nybble_quantizers.report import LayerReport, versions
 
 Stored = Mapping[str, tuple[str, Tensor]]
@@ -40,15 +41,16 @@ class Journal:
             count -= 1
         return count
 
-    def calibration(self) -> tuple[Tensor, str] | None:
-        """The token windows and where they came from."""
+    def calibration(self) -> Calibration | None:
         path = self.folder / "calibration.safetensors"
         if not self._whole(path):
             return None
-        return load_file(path)["tokens"], self._facts(path)["origin"]
+        facts = self._facts(path)
+        return Calibration(load_file(path)["tokens"], facts["origin"], tuple(facts["sketch"]))
 
-    def keep_calibration(self, tokens: Tensor, origin: str) -> None:
-        self._write(self.folder / "calibration.safetensors", {"tokens": tokens}, {"origin": origin})
+    def keep_calibration(self, found: Calibration) -> None:
+        facts = {"origin": found.origin, "sketch": found.sketch}
+        self._write(self.folder / "calibration.safetensors", {"tokens": found.tokens}, facts)
 
     def keep(
         self, layer: int, stored: Stored, reports: list[LayerReport], states: Mapping[str, Tensor]

@@ -24,9 +24,9 @@ SHARD_BYTES = 1 << 30
 def appearing(out: Path, needed: int, key: str) -> Iterator[Path]:
     """A hidden sibling of `out` that takes its name on success.
 
-    A failure removes it. A run that is killed or interrupted leaves it, and the next with the same `key` finds
-    it; one with another key removes it. `needed` bytes are checked for first. Raises `ModelError` in one line
-    where the disk refuses, or where another process writes the same.
+    A failure removes it. A run that is killed or interrupted leaves it, and the next with the same `key`
+    finds it; one with another key removes it. `needed` bytes are checked for first. Raises `ModelError` in
+    one line where the disk refuses, or where another process writes the same.
     """
     if out.exists():
         raise ModelError(f"{out} exists already", hint="remove it or choose another folder")

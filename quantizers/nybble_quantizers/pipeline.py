@@ -19,7 +19,7 @@ from nybble_models.loader import Loader
 from nybble_models.weights import Block, Linear
 from nybble_quantizers import rtn
 from nybble_quantizers.block import Finding
-from nybble_quantizers.calibrate import Calibration
+from nybble_quantizers.calibrate import Calibration, refuse_overlap
 from nybble_quantizers.folding import float_weight
 from nybble_quantizers.journal import Journal, key_of
 from nybble_quantizers.output import ShardWriter, appearing
@@ -48,17 +48,19 @@ def quantize(
     scheme: Scheme,
     *,
     calibration: str | None = None,
+    evaluation: Path | None = None,
     seed: int = 0,
     progress: Listener | None = None,
     command: str | None = None,
 ) -> QuantReport:
     """Write `source` (a folder or a .gguf file), quantized by `scheme`, as the new folder `out`.
 
-    Without a calibration file the model writes its own text. The same arguments make the same bytes, also
-    where a run was killed and the same arguments are given again: finished blocks are kept beside `out`. Raises
-    `ModelError` in one line, and then nothing is left behind.
+    Without a calibration file the model writes its own text; one that shares runs of words with the file
+    `evaluation` is refused. The same arguments make the same bytes, also where a run was killed and the same
+    arguments are given again: finished blocks are kept beside `out`. Raises `ModelError` in one line, and
+    then nothing is left behind.
     """
-    run = _Run(Path(source), scheme, calibration, seed, progress or (lambda event: None))
+    run = _Run(Path(source), scheme, calibration, evaluation, seed, progress or (lambda event: None))
     with appearing(out, run.selection.nbytes, run.key) as folder:
         report = run.write(folder, " ".join(sys.argv) if command is None else command)
         report.write(folder)
@@ -69,11 +71,18 @@ class _Run:
     """One quantization from start to end."""
 
     def __init__(
-        self, source: Path, scheme: Scheme, calibration: str | None, seed: int, tell: Listener
+        self,
+        source: Path,
+        scheme: Scheme,
+        calibration: str | None,
+        evaluation: Path | None,
+        seed: int,
+        tell: Listener,
     ) -> None:
         self.source = source
         self.scheme = scheme
         self.calibration = calibration
+        self.evaluation = evaluation
         self.seed = seed
         self.tell = tell
         self.loader = Loader(open_source(source), floats=True)
@@ -165,10 +174,12 @@ class _Run:
             return None
         kept = journal.calibration()
         if kept is not None:
-            return Calibration(*kept)
+            return kept
         file, seed = self.calibration, self.seed
         found = calibration_for(self.source, self.loader, self.scheme, file, seed, self.tell, run)
-        journal.keep_calibration(found.tokens, found.origin)
+        if self.evaluation is not None:
+            refuse_overlap(found, self.evaluation)
+        journal.keep_calibration(found)
         return found
 
     def _nearest(self, block: Block, forms: Forms) -> Block:

@@ -18,6 +18,7 @@ from nybble_models.weights import Block, Linear, Norm, Weights
 from nybble_models.window import Window
 from nybble_quantizers.block import Finding, Scene, fold_block, quantize_block
 from nybble_quantizers.calibrate import Calibration, Inputs, Observation, read_windows
+from nybble_quantizers.corpus import locate
 from nybble_quantizers.generate import generate
 from nybble_quantizers.report import Listener, QuantizeProgress
 from nybble_quantizers.scheme import Scheme
@@ -36,7 +37,7 @@ def calibration_for(
     """Windows of the file, or, without one, text that the model writes (which needs all of it in memory)."""
     length = min(scheme.length, loader.spec.max_positions)
     if file is not None:
-        return read_windows(Path(file), load_tokenizer(source), scheme.samples, length, seed)
+        return read_windows(locate(file), load_tokenizer(source), scheme.samples, length, seed)
     started = time.monotonic()
 
     def advance(done: int) -> None:

@@ -1,4 +1,4 @@
-"""Runs that end before they are done: what they leave is found, and the bytes are those of one that did not."""
+"""Runs that end too early: what they leave is found, and the bytes are those of a run that did not."""
 
 from __future__ import annotations
 
