@@ -20,6 +20,7 @@ from nybble_models.weights import Block, Linear
 from nybble_quantizers import rtn
 from nybble_quantizers.block import Finding
 from nybble_quantizers.calibrate import Calibration, refuse_overlap
+from nybble_quantizers.canary import Canary
 from nybble_quantizers.folding import float_weight
 from nybble_quantizers.journal import Journal, key_of
 from nybble_quantizers.output import ShardWriter, appearing
@@ -34,7 +35,7 @@ from nybble_quantizers.report import (
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.selection import Forms, Selection, select
 from nybble_quantizers.stream import Stream, calibration_for, read_block
-from nybble_quantizers.tokenizing import carry_over
+from nybble_quantizers.tokenizing import carry_over, load_tokenizer
 from nybble_quantizers.workers import Map, side_by_side
 from nybble_quantizers.writer import ModelWriter
 
@@ -100,8 +101,11 @@ class _Run:
         writer = ModelWriter(self.loader.family, self.container)
         with side_by_side() as run:
             calibration = self._calibration(journal, run)
-            self._blocks(journal, writer, calibration, run)
+            canary = self._canary()
+            self._blocks(journal, writer, calibration, canary, run)
         self.tell(QuantizeProgress("write", 0, 1))
+        if canary is not None:
+            canary.write(folder)
         sizes, layers = self._assemble(folder, journal, writer)
         self.tell(QuantizeProgress("write", 1, 1))
         return QuantReport(
@@ -132,16 +136,30 @@ class _Run:
         journal.remove()
         return shards.bytes, reports
 
+    def _canary(self) -> Canary | None:
+        """None for a model without a tokenizer: nobody could send it a prompt."""
+        try:
+            return Canary(self.loader, load_tokenizer(self.source))
+        except ModelError as error:
+            log.warning("no canary is written: %s", error)
+            return None
+
     def _blocks(
-        self, journal: Journal, writer: ModelWriter, calibration: Calibration | None, run: Map
+        self,
+        journal: Journal,
+        writer: ModelWriter,
+        calibration: Calibration | None,
+        canary: Canary | None,
+        run: Map,
     ) -> None:
         """Quantize every block that is not done yet."""
         stream = None if calibration is None else Stream(self.loader, calibration, self.scheme, run)
-        total, first = self.loader.spec.num_layers, journal.done(stateful=stream is not None)
+        passing: list[Stream | Canary] = [each for each in (stream, canary) if each is not None]
+        total, first = self.loader.spec.num_layers, journal.done(stateful=bool(passing))
         if first:
             log.warning("going on after block %d of %d, where an earlier run ended", first, total)
-            if stream is not None:
-                stream.restore(journal.states(first - 1))
+            for each in passing:
+                each.restore(journal.states(first - 1))
         started = time.monotonic()
         for layer in range(first, total):
             block, forms = read_block(self.loader, layer), self.selection.forms[layer]
@@ -150,9 +168,10 @@ class _Run:
                 folded, quantized = block, self._nearest(block, forms)
             else:
                 folded, quantized, findings = stream.advance(layer, block, forms)
+            if canary is not None:
+                canary.advance(layer, block)
             reports = self._reports(layer, folded, quantized, findings)
-            last = stream is None or layer + 1 == total
-            states = {} if last or stream is None else stream.kept()
+            states = {name: state for each in passing for name, state in each.kept().items()}
             journal.keep(layer, writer.block(layer, quantized, forms), reports, states)
             left = (time.monotonic() - started) / (layer + 1 - first) * (total - layer - 1)
             self.tell(QuantizeProgress("quantize", layer + 1, total, left, tuple(reports)))

@@ -65,6 +65,17 @@ class ServeConfig:
     )
     head_bits: int = _setting("Model", 8, "bits of the output head", choices=(4, 8, 16))
 
+    canary: bool = _setting(
+        "Model", True, "replay the prompts that came with the checkpoint before the server is ready"
+    )
+    min_top1_agreement: float = _setting(
+        "Model",
+        0.0,
+        "least share of the canary's tokens on which the unquantized model must agree; below, serve fails",
+        low=0,
+        high=1,
+    )
+
     host: str = _setting("Server", "127.0.0.1", "address to listen on")
     port: int = _setting("Server", 8000, "port to listen on; 0 takes a free one", low=0, high=65535)
     api_key: tuple[str, ...] = _setting(

@@ -36,6 +36,9 @@ class Snapshot(Collector):
             yield _read(row, stats, info)
         rate = self._window.rate(stats.decode_bytes, stats.decode_seconds)
         yield _gauge(series.UTILIZATION, {(): rate / info.bandwidth if info.bandwidth else 0.0})
+        canary = loaded.canary
+        yield _gauge(series.CANARY_DIVERGENCE, {} if canary is None else {(): canary.kl_divergence})
+        yield _gauge(series.CANARY_AGREEMENT, {} if canary is None else {(): canary.top1_agreement})
         facts = (info.family, info.quantization, f"{info.bits:.2f}", info.device, info.dtype)
         yield _gauge(series.MODEL, {(loaded.names[0], *facts): 1.0})
         yield _gauge(series.KERNELS, dict.fromkeys(info.kernels.items(), 1.0))

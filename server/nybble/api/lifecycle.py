@@ -13,9 +13,10 @@ from typing import Literal, Protocol
 
 import nybble
 from nybble.config import ServeConfig
+from nybble.engine.canary import Agreement, replay
 from nybble.engine.protocol import EngineProtocol, Progress
 from nybble.engine.stats import EngineInfo
-from nybble.errors import EngineStopped, NotReady, NybbleError, ShuttingDown
+from nybble.errors import EngineStopped, NotReady, NybbleError, ShuttingDown, UsageError
 from nybble.text.tokenizer import Tokenizer
 
 State = Literal["loading", "warming", "ready", "draining", "dead"]
@@ -44,6 +45,7 @@ class Loaded:
     names: tuple[str, ...]
     fingerprint: str
     created: int
+    canary: Agreement | None = None
 
 
 class Lifecycle:
@@ -131,7 +133,37 @@ def load(config: ServeConfig, build: Build, progress: Progress) -> Loaded:
     info = engine.info
     tokenizer = Tokenizer.load(Path(info.directory))
     names = config.served_model_name or (Path(info.model).name or info.model,)
-    return Loaded(engine, info, tokenizer, names, fingerprint(info), int(time.time()))
+    try:
+        canary = _canary(engine, config, progress)
+    except BaseException:
+        engine.stop()
+        raise
+    return Loaded(engine, info, tokenizer, names, fingerprint(info), int(time.time()), canary)
+
+
+def _canary(engine: EngineProtocol, config: ServeConfig, progress: Progress) -> Agreement | None:
+    """How far the served model agrees with the unquantized one. Raises `UsageError` if that is too little."""
+    wanted = config.min_top1_agreement
+    if not config.canary and not wanted:
+        return None
+    progress("warm-up: canary", 0.0)
+    found = replay(engine, Path(engine.info.directory))
+    if found is None:
+        if wanted:
+            raise UsageError(
+                f"min_top1_agreement: {engine.info.directory} has no canary to measure it by",
+                hint="`nybble quantize` writes one; or leave the setting out",
+            )
+        return None
+    share, divergence = found.top1_agreement, found.kl_divergence
+    log.info("canary: agrees on %.1f %% of %d tokens, KL %.4f", 100 * share, found.positions, divergence)
+    if share < wanted:
+        raise UsageError(
+            f"the canary agrees with the unquantized model on {share:.1%} of its tokens, "
+            f"less than min_top1_agreement {wanted:.1%}",
+            hint="quantize with more bits or --method awq+gptq, or lower the setting",
+        )
+    return found
 
 
 def fingerprint(info: EngineInfo) -> str:

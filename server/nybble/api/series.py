@@ -213,6 +213,16 @@ UTILIZATION = Series(
     "gauge",
     "Bytes that decoding had to read per second over the measured bandwidth; latest window with decoding.",
 )
+CANARY_DIVERGENCE = Series(
+    "nybble_quality_canary_kl_divergence",
+    "gauge",
+    "Of the served model from the unquantized one on the checkpoint's prompts, nats a token; if it has any.",
+)
+CANARY_AGREEMENT = Series(
+    "nybble_quality_canary_top1_agreement_ratio",
+    "gauge",
+    "Tokens of these prompts on which both have the same first choice.",
+)
 READY = Series("nybble_ready", "gauge", "1 while requests are welcome.")
 BUILD = Series("nybble_build_info", "gauge", "Versions; always 1.", ("version", "python"))
 MODEL = Series(
@@ -229,4 +239,5 @@ OBSERVED = (
     *(FIRST_TOKEN, INTER_TOKEN, PER_OUTPUT_TOKEN, REQUEST, QUEUE, PREFILL, DECODE, INFERENCE),
     *(PROMPT_TOKENS, GENERATION_TOKENS, FINISHED, HTTP_REQUESTS, HTTP_SECONDS),
 )
-ALL = (*OBSERVED, *SNAPSHOTS, UTILIZATION, READY, BUILD, MODEL, KERNELS)
+CANARY = (CANARY_DIVERGENCE, CANARY_AGREEMENT)
+ALL = (*OBSERVED, *SNAPSHOTS, UTILIZATION, *CANARY, READY, BUILD, MODEL, KERNELS)

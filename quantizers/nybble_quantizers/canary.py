@@ -1,0 +1,84 @@
+"""A few prompts with what the unquantized model makes of them: a server that loads the result replays them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from nybble_kernels.quantized import dense
+from nybble_models.checkpoint import write_json
+from nybble_models.decoder import Decoder
+from nybble_models.loader import Loader
+from nybble_models.weights import Block, Weights
+from nybble_models.window import Window
+
+FILE = "canary.json"
+LENGTH = 32  # tokens of a prompt that are compared
+TOP = 20  # candidates kept of each position
+
+PROMPTS = (
+    "The harbour was quiet that morning. Two fishermen mended their nets while the ferry, late as always, "
+    "came slowly around the lighthouse and sounded its horn.",
+    "To find the area of a triangle, multiply the length of its base by its height and divide the product by "
+    "two. For example, a base of 6 and a height of 4 give 12.",
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n"
+    "    return total / len(values)\n",
+    "Question: Which planet is closest to the Sun?\nAnswer: Mercury.\n\nQuestion: How many legs has a spider?\n"
+    "Answer: Eight.\n",
+    "In 1928 a Scottish physician returned from his holiday and noticed that a mould had killed the bacteria on "
+    "one of his plates. The substance was later called penicillin.",
+    "Dear Ms. Lindqvist,\n\nThank you for your letter of 14 March. We have looked into the delay and can now "
+    "tell you that the parcel will arrive on Thursday.",
+    "Die Bibliothek öffnet um neun Uhr. Wer ein Buch ausleihen möchte, braucht einen gültigen Ausweis und "
+    "etwas Geduld.",
+    '{"name": "kettle", "price": 24.5, "tags": ["kitchen", "steel"], "in_stock": true, "ratings": [5, 4, 5]}',
+)
+
+
+class Canary:
+    """The prompts on their way through the unquantized model, a block at a time."""
+
+    def __init__(self, loader: Loader, tokenizer: Tokenizer) -> None:
+        spec = loader.spec
+        self.loader = loader
+        ids = [tokenizer.encode(prompt).ids[: min(LENGTH, spec.max_positions)] for prompt in PROMPTS]
+        self.prompts = [torch.tensor(each) for each in ids if len(each) > 1]
+        weights = Weights(
+            dense(loader.embed()), loader.positions(), [Block()] * spec.num_layers, loader.final_norm(), None
+        )
+        self.decoder = Decoder(spec, weights)
+        self.states: list[Tensor] = [self.decoder.embed(prompt) for prompt in self.prompts]
+
+    def advance(self, layer: int, block: Block) -> None:
+        """Past a block in float32."""
+        blocks = self.decoder.weights.blocks
+        blocks[layer] = block
+        self.states = [self.decoder.block(layer, x, Window(self.loader.spec)) for x in self.states]
+        blocks[layer] = Block()
+
+    def kept(self) -> dict[str, Tensor]:
+        """All that the next block needs to know of the blocks before it."""
+        return {f"canary.{i}": state for i, state in enumerate(self.states)}
+
+    def restore(self, kept: Mapping[str, Tensor]) -> None:
+        self.states = [kept[f"canary.{i}"] for i in range(len(self.prompts))]
+
+    def write(self, folder: Path) -> None:
+        """After the last block: token ids, and of each position the likeliest next tokens, natural logarithms."""
+        self.decoder.weights.head = self.loader.head()
+        rows = [self._row(prompt, state) for prompt, state in zip(self.prompts, self.states, strict=True)]
+        write_json(folder / FILE, {"reference": "unquantized, float32", "prompts": rows})
+
+    def _row(self, prompt: Tensor, state: Tensor) -> dict[str, Any]:
+        logits = self.decoder.logits(state[:-1]).log_softmax(-1)
+        found = logits.topk(min(TOP, logits.shape[1]))
+        return {
+            "tokens": prompt.tolist(),
+            "top": found.indices.tolist(),
+            "logprobs": [[round(value, 5) for value in row] for row in found.values.tolist()],
+        }
