@@ -112,7 +112,8 @@ def test_transformers_imports_from_the_checkout() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["serve", "--help"], ["quantize", "--help"], ["bench", "--help"]]
+    "arguments",
+    [["--help"], ["serve", "--help"], ["quantize", "--help"], ["eval", "--help"], ["bench", "--help"]],
 )
 def test_help_is_quick_and_loads_nothing_heavy(arguments: list[str]) -> None:
     program = (

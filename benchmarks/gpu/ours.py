@@ -13,6 +13,7 @@ import torch
 from subject import Matrix, Prepared, Subject, rows8
 from torch import Tensor
 
+from nybble_kernels.activations import Activations
 from nybble_kernels.quantized import QuantizedTensor, Weight
 
 TOLERANCE = {"W4A16": 1e-2, "W8A8": 2e-2, "16-bit": 1e-2}
@@ -58,9 +59,9 @@ class OurLinear(Subject):
         from nybble_kernels.triton.tiles import Tuning
 
         weight, means = self.weight(matrix)
-        bits = 8 if self.kind == "W8A8" else 16
+        rounded = Activations() if self.kind == "W8A8" else None
         tuning = Tuning.of_device(matrix.dense.device)
-        linear = make_linear(weight, None, dtype=self.dtype, tuning=tuning, activation_bits=bits)
+        linear = make_linear(weight, None, dtype=self.dtype, tuning=tuning, inputs=rounded)
         launch = self.launcher(linear, matrix.dense.device, m)
 
         def run(x: Tensor, *tensors: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from shapes import MODELS, TINY
 from subject import random_codes, rows8
 from torch import Tensor
 
+from nybble_kernels.activations import Activations
 from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Linear, Norm, Weights
@@ -43,7 +44,8 @@ def random_block(spec: ModelSpec, kind: str, device: str) -> Block:
     def linear(projection: str) -> Linear:
         outputs, inputs = spec.shape(projection)
         bias = torch.randn(outputs, device=device) * 0.1 if spec.has_bias(projection) else None
-        return Linear(random_weight(outputs, inputs, kind, device), bias)
+        rounded = Activations() if kind == "W8A8" else None
+        return Linear(random_weight(outputs, inputs, kind, device), bias, rounded)
 
     linears = {projection: linear(projection) for projection in spec.projections}
     norms = {name: random_norm(spec.hidden_size, layer, device) for name in ("attention_norm", "mlp_norm")}
@@ -64,7 +66,9 @@ def random_weights(spec: ModelSpec, device: str) -> Weights:
 def repeated(block: Block, layers: int) -> Iterator[Block]:
     """The same numbers for every layer: each is packed into memory of its own."""
     for _ in range(layers):
-        linears = {name: Linear(_own(linear.weight), linear.bias) for name, linear in block.linears.items()}
+        linears = {
+            name: replace(linear, weight=_own(linear.weight)) for name, linear in block.linears.items()
+        }
         yield Block(linears, block.norms)
 
 
@@ -86,7 +90,6 @@ def build(spec: ModelSpec, kind: str, device: str, *, context: int, chunk: int, 
         where,
         torch.float16 if kind == "fp16" else torch.bfloat16,
         Tuning.of_device(where) if device == "cuda" else Tuning(processors=2),
-        activation_bits=8 if kind == "W8A8" else 16,
         pdl=pdl,
     )
 

@@ -52,11 +52,12 @@ def products(arguments: argparse.Namespace) -> list[Product]:
 
 
 def made(product: Product, device: str, tuning: Any) -> Any:
+    from nybble_kernels.activations import Activations
     from nybble_kernels.triton.linear import make_linear
 
     weight = random_weight(product.outputs, product.inputs, product.kind, device)
-    bits = 8 if product.kind == "W8A8" else 16
-    return make_linear(weight, None, dtype=torch.bfloat16, tuning=tuning, activation_bits=bits)
+    rounded = Activations() if product.kind == "W8A8" else None
+    return make_linear(weight, None, dtype=torch.bfloat16, tuning=tuning, inputs=rounded)
 
 
 def run(part: Part) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble_kernels import float8
+from nybble_kernels.float8 import Float8Tensor
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
@@ -64,6 +67,10 @@ class QuantizedTensor:
     def symmetric(self) -> bool:
         return self.zeros is None and self.minimums is None
 
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
     def describe(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric" if self.zeros is not None else "real minimum"
         return f"int{self.bits} g{self.group_size} {kind} {list(self.codes.shape)}"
@@ -118,8 +125,11 @@ class QuantizedTensor:
 _PER_ROW = ("codes", "scales", "zeros", "minimums")
 _TENSORS = (*_PER_ROW, "permutation")
 
-Weight = Tensor | QuantizedTensor
+Weight = Tensor | QuantizedTensor | Float8Tensor
 """A projection as loaded: float [N, K], or quantized."""
+
+Table = Tensor | QuantizedTensor
+"""What an embedding may be: [V, D]."""
 
 
 def cat(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -144,11 +154,30 @@ def compatible(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     return kinds[0] == kinds[1] and same_order
 
 
+def stacked(parts: Sequence[Weight]) -> Weight | None:
+    """Partners along the outputs as one weight; None where their kinds differ."""
+    floats = [p for p in parts if isinstance(p, Tensor)]
+    if len(floats) == len(parts):
+        return torch.cat(floats)
+    levels = [p for p in parts if isinstance(p, QuantizedTensor)]
+    if len(levels) == len(parts) and all(compatible(levels[0], p) for p in levels):
+        return cat(levels)
+    eights = [p for p in parts if isinstance(p, Float8Tensor)]
+    if len(eights) == len(parts) and len({p.group_size for p in eights}) == 1:
+        return float8.stack(eights)
+    return None
+
+
 def shape_of(weight: Weight) -> tuple[int, int]:
-    """(outputs, inputs) of a weight of either kind."""
-    return weight.shape if isinstance(weight, QuantizedTensor) else (weight.shape[0], weight.shape[1])
+    """(outputs, inputs) of a weight of any kind."""
+    return weight.shape[0], weight.shape[1]
+
+
+def look_up(table: Table, rows: Tensor) -> Tensor:
+    """float32 rows of a weight of any kind, int64 [T] -> [T, K]: what an embedding is."""
+    return table[rows].float() if isinstance(table, Tensor) else table.select(rows).dequantize()
 
 
 def dense(weight: Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight as a float matrix."""
-    return weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
+    return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)

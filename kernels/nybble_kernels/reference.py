@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nybble_kernels.quantized import Weight, dense
+from nybble_kernels.quantized import Table, Weight, dense, look_up
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -178,13 +178,13 @@ def turn(
 
 def embed(
     tokens: Tensor,
-    table: Weight,
+    table: Table,
     positions: Tensor | None = None,
     position_table: Tensor | None = None,
     offset: int = 0,
 ) -> Tensor:
     """table[tokens], plus position_table[positions + offset] where positions are learned: [T] -> [T, D]."""
-    x = dense(table)[tokens.long()]
+    x = look_up(table, tokens.long())
     if positions is None or position_table is None:
         return x
     return x + position_table.float()[positions.long() + offset]

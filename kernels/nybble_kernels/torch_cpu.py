@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nybble_kernels.float8 import Float8Tensor
 from nybble_kernels.quantized import QuantizedTensor, Weight
 
 INT4_GROUPS = (32, 64, 128, 256)  # what `_weight_int4pack_mm_for_cpu` takes
@@ -110,6 +111,8 @@ def pack(weight: Weight) -> PackedLinear:
     """The fastest of the three that holds the weight."""
     if isinstance(weight, Tensor):
         return FloatLinear(weight)
+    if isinstance(weight, Float8Tensor):
+        return FloatLinear(weight.dequantize(torch.bfloat16))
     if _takes_int4(weight):
         return _pack_int4(weight)
     if weight.bits == 8 and weight.symmetric and weight.scales.shape[1] == 1 and weight.permutation is None:

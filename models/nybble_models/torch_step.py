@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from nybble_kernels import torch_cpu
-from nybble_kernels.quantized import Weight, dense
+from nybble_kernels.quantized import Weight, dense, look_up
 from nybble_kernels.torch_cpu import PackedLinear
 from nybble_models.decoder import Decoder
 from nybble_models.paged import PagedCache
@@ -107,7 +106,7 @@ class TorchStep(Decoder):
         return self.packed[layer][name]
 
     def embedding(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weights.embed).float()
+        return look_up(self.weights.embed, tokens)
 
     def kv_bytes(self, positions: Sequence[int]) -> int:
         return step_kv_bytes(self.spec, positions)

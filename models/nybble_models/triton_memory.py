@@ -102,9 +102,9 @@ class Scratch:
         ]
         self.workspace = Workspace.allocate(uses, device)
 
-    def quantized(self, source: Operand) -> QuantizedOperand:
+    def quantized(self, source: Operand, dtype: torch.dtype) -> QuantizedOperand:
         """Room for an operand in 8 bits."""
-        codes = self._codes[: self._rows * source.width].view(self._rows, source.width)
+        codes = self._codes[: self._rows * source.width].view(dtype).view(self._rows, source.width)
         return QuantizedOperand(codes, self._scales, source)
 
     def stream(self, tile: int) -> Operand:

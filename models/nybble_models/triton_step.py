@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nybble_kernels.quantized import Weight
+from nybble_kernels.quantized import QuantizedTensor, Table, Weight
 from nybble_kernels.triton.activation import activation
 from nybble_kernels.triton.attention_decode import attention_decode
 from nybble_kernels.triton.attention_prefill import attention_prefill
@@ -28,7 +28,7 @@ from nybble_kernels.triton.tiles import Phase, Tuning
 from nybble_models.rotary import rotary_table
 from nybble_models.spec import ModelSpec
 from nybble_models.triton_memory import Cache, Scratch, Sizes
-from nybble_models.weights import Block, Linear, Norm, Weights, fuse
+from nybble_models.weights import Block, Linear, Norm, Weights, fuse, order_inner, select
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,6 @@ class Settings:
     device: torch.device
     dtype: torch.dtype
     tuning: Tuning
-    activation_bits: int = 16
     pdl: bool = False
 
 
@@ -84,12 +83,18 @@ class TritonStep:
         self.layers = [replace(p, following_norm=n) for p, n in zip(packed, following, strict=True)]
         self.first_norm = norms[0].weight
         bias = None if weights.head is None else weights.head.bias
-        self.head = self._linear([Linear(head, bias)], norms[-1], input_bits=16)[0]
-        self.table = weights.embed.to(settings.device)
+        self.head = self._linear([Linear(head, bias)], norms[-1])[0]
+        self.table = self._table(weights.embed)
         self.positions = None if weights.positions is None else weights.positions.to(settings.device)
         self.cos, self.sin = self._angles()
         self.scratch = Scratch(spec, [*self.linears()], settings, sizes)
         self.cache = make_cache()  # last: packing needs room, and the cache may take all that is left
+
+    def _table(self, embed: Table) -> Table:
+        """The embedding on the device; levels with real minimums as float32, which holds them exactly."""
+        if isinstance(embed, QuantizedTensor) and embed.minimums is not None:
+            embed = embed.dequantize()
+        return embed.to(self.settings.device)
 
     def _angles(self) -> tuple[Tensor | None, Tensor | None]:
         if self.spec.positions != "rotary":
@@ -109,7 +114,7 @@ class TritonStep:
         attention, mlp = (self._norm_on_device(block.norms[n]) for n in ("attention_norm", "mlp_norm"))
         norms.append(attention)
         parts = {name: self._on_device(linear) for name, linear in block.linears.items()}
-        _order_inner(parts, spec.mlp)
+        order_inner(parts, spec.mlp)
         first = fuse([parts[n] for n in spec.mlp[:-1]])
         if spec.gated and len(first) == 1:
             first = [_interleave(first[0])]
@@ -138,11 +143,10 @@ class TritonStep:
 
     def _on_device(self, linear: Linear) -> Linear:
         device = self.settings.device
-        return Linear(linear.weight.to(device), None if linear.bias is None else linear.bias.to(device))
+        bias = None if linear.bias is None else linear.bias.to(device)
+        return replace(linear, weight=linear.weight.to(device), bias=bias)
 
-    def _linear(
-        self, parts: Sequence[Linear], norm: Norm | None = None, input_bits: int | None = None
-    ) -> list[DeviceLinear]:
+    def _linear(self, parts: Sequence[Linear], norm: Norm | None = None) -> list[DeviceLinear]:
         """Packed, with a LayerNorm's mean and bias folded in."""
         s = self.settings
         folded = FoldedNorm(norm.weight, norm.bias) if norm and self.spec.norm == "layer" else None
@@ -153,7 +157,7 @@ class TritonStep:
                 dtype=s.dtype,
                 tuning=s.tuning,
                 norm=folded,
-                activation_bits=input_bits or s.activation_bits,
+                inputs=part.inputs,
             )
             for part in parts
         ]
@@ -279,14 +283,14 @@ class TritonStep:
         phase: Phase,
     ) -> None:
         operand: Operand | QuantizedOperand = stream
-        if linear.quantizes and not stream.measured:
-            operand = self.scratch.quantized(stream)
-            quantize(
-                stream.values[:rows], operand.values[:rows], operand.scales[:rows], pdl=self.settings.pdl
-            )
-        elif linear.quantizes and (phase == "prefill" or rows > 16):  # else every tile would do it again
-            operand = self.scratch.quantized(stream)
-            quantize_operand(stream, rows, operand, pdl=self.settings.pdl)
+        dtype, static, pdl = linear.input_dtype, linear.input_scale, self.settings.pdl
+        if dtype is not None and not stream.measured:
+            operand = self.scratch.quantized(stream, dtype)
+            values, scales = operand.values[:rows], operand.scales[:rows]
+            quantize(stream.values[:rows], values, scales, static=static, pdl=pdl)
+        elif dtype is not None and (phase == "prefill" or rows > 16):  # else every tile would do it again
+            operand = self.scratch.quantized(stream, dtype)
+            quantize_operand(stream, rows, operand, static=static, pdl=pdl)
         linear(operand, rows, output, phase, self.scratch.workspace, pdl=self.settings.pdl)
 
     def _head(self, stream: Operand, rows: int, phase: Phase) -> None:
@@ -334,22 +338,4 @@ def _interleave(linear: Linear) -> Linear:
     """Rows (gate 0, up 0, gate 1, up 1, ..): partners meet in one tile's epilogue."""
     outputs = linear.weight.shape[0]
     order = torch.arange(outputs).view(2, outputs // 2).t().flatten()
-    return _select(linear, order)
-
-
-def _order_inner(parts: dict[str, Linear], names: Sequence[str]) -> None:
-    """Make the inner values in the order that `down` reads them: its act-order then costs nothing."""
-    down = parts["down"].weight
-    if isinstance(down, Tensor) or down.permutation is None:
-        return
-    for name in names[:-1]:
-        parts[name] = _select(parts[name], down.permutation)
-    parts["down"] = Linear(replace(down, permutation=None), parts["down"].bias)
-
-
-def _select(linear: Linear, order: Tensor) -> Linear:
-    order = order.to(
-        linear.weight.device if isinstance(linear.weight, Tensor) else linear.weight.codes.device
-    )
-    weight = linear.weight[order] if isinstance(linear.weight, Tensor) else linear.weight.select(order)
-    return Linear(weight, None if linear.bias is None else linear.bias[order])
+    return select(linear, order)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from nybble_kernels.quantized import QuantizedTensor, Weight, cat, compatible, shape_of
+from nybble_kernels.activations import Activations
+from nybble_kernels.quantized import QuantizedTensor, Table, Weight, shape_of, stacked
 
 
 @dataclass(slots=True)
 class Linear:
-    """y = x Wᵀ + b; weight [N, K] of either kind, bias [N] or None."""
+    """y = Q(x) Wᵀ + b; weight [N, K] of any kind, bias [N] or None; `inputs` is Q, None leaves x as it is."""
 
     weight: Weight
     bias: Tensor | None = None
+    inputs: Activations | None = None
 
 
 @dataclass(slots=True)
@@ -39,13 +41,13 @@ class Block:
 class Weights:
     """The whole model. `head` is None when the embedding serves as the head."""
 
-    embed: Tensor  # [V, D]
+    embed: Table  # [V, D]
     positions: Tensor | None  # [P + offset, D]
     blocks: list[Block]
     final_norm: Norm
     head: Linear | None
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
+    def tensors(self) -> Iterator[tuple[str, Weight]]:
         """Every stored weight with its kind: "embedding", "head", "linear" or "norm"."""
         yield "embedding", self.embed
         if self.positions is not None:
@@ -68,18 +70,37 @@ class Weights:
 
 
 def fuse(parts: list[Linear]) -> list[Linear]:
-    """Stack linears that read the same input into one, or leave them apart where their kinds differ."""
-    weights = [p.weight for p in parts]
-    biases = [p.bias for p in parts]
+    """Stack linears that read the same input into one, or leave them apart where their kinds differ.
+
+    Static scales of inputs are part of the kind: what was calibrated apart is multiplied apart.
+    """
+    weight = stacked([p.weight for p in parts])
+    if weight is None or any(p.inputs != parts[0].inputs for p in parts):
+        return parts
     bias = None
-    if any(b is not None for b in biases):
+    if any(p.bias is not None for p in parts):
         bias = torch.cat([_bias_or_zeros(p) for p in parts])
-    if all(isinstance(w, Tensor) for w in weights):
-        return [Linear(torch.cat([w for w in weights if isinstance(w, Tensor)]), bias)]
-    quantized = [w for w in weights if isinstance(w, QuantizedTensor)]
-    if len(quantized) == len(weights) and all(compatible(quantized[0], w) for w in quantized):
-        return [Linear(cat(quantized), bias)]
-    return parts
+    return [Linear(weight, bias, parts[0].inputs)]
+
+
+def order_inner(linears: dict[str, Linear], mlp: Sequence[str]) -> None:
+    """Make the inner values in the order that `down` reads them: its act-order then costs nothing.
+
+    `mlp`: the projections of the feed-forward half, `down` last (`ModelSpec.mlp`).
+    """
+    down = linears["down"].weight
+    if not isinstance(down, QuantizedTensor) or down.permutation is None:
+        return
+    for name in mlp[:-1]:
+        linears[name] = select(linears[name], down.permutation)
+    linears["down"] = replace(linears["down"], weight=replace(down, permutation=None))
+
+
+def select(linear: Linear, outputs: Tensor) -> Linear:
+    """These outputs, in this order (int64 [M])."""
+    outputs = outputs.to(linear.weight.device)
+    weight = linear.weight[outputs] if isinstance(linear.weight, Tensor) else linear.weight.select(outputs)
+    return replace(linear, weight=weight, bias=None if linear.bias is None else linear.bias[outputs])
 
 
 def _bias_or_zeros(linear: Linear) -> Tensor:

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.decoder import Decoder
 from nybble_models.families import Family
-from nybble_models.formats.form import Form
+from nybble_models.formats.form import TENSOR, Form
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Linear
 from nybble_models.window import Window
 from nybble_quantizers import awq, clipping, rtn
 from nybble_quantizers.calibrate import Inputs
 from nybble_quantizers.folding import float_weight, fold, foldable, pool, spread
+from nybble_quantizers.rounding import Quantized, inputs_of, nearest
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.workers import Map, in_turn
 
@@ -63,14 +63,30 @@ def quantize_block(
     block: Block, scene: Scene, scheme: Scheme, forms: Mapping[str, Form], run: Map = in_turn
 ) -> tuple[Block, Block, dict[str, Finding]]:
     """(the folded block in float, the same with linears in their `forms`, what was chosen for each)."""
-    block, findings = fold_block(block, scene, scheme, forms, run)
-    quantized = Block(dict(block.linears), block.norms)
+    block, scales = fold_block(block, scene, scheme, forms, run)
+    quantized, rounding = round_block(block, scene, forms, scheme.clip, run)
+    return block, quantized, merged(scales, rounding)
+
+
+@torch.inference_mode()
+def round_block(
+    block: Block, scene: Scene, forms: Mapping[str, Form], clip: bool, run: Map = in_turn
+) -> tuple[Block, dict[str, Finding]]:
+    """The block with linears in their `forms`; `clip`: the range of every group is searched."""
+    quantized, findings = Block(dict(block.linears), block.norms), dict[str, Finding]()
     names = [p for p in reversed(scene.spec.projections) if p in forms]  # the largest first
-    made = run(lambda name: _round(name, block.linears[name], scene, forms[name], scheme.clip), names)
-    for name, (weight, share, noise) in zip(names, made, strict=True):
-        quantized.linears[name] = Linear(weight, block.linears[name].bias)
-        findings[name] = replace(findings.get(name, Finding()), clip_share=share, noise=noise)
-    return block, quantized, findings
+    made = run(lambda name: _round(name, block.linears[name], scene, forms[name], clip), names)
+    for name, (linear, finding) in zip(names, made, strict=True):
+        quantized.linears[name], findings[name] = linear, finding
+    return quantized, findings
+
+
+def merged(scales: dict[str, Finding], rounding: dict[str, Finding]) -> dict[str, Finding]:
+    """What the search for scales found, and how the rounding after it went."""
+    made = dict(rounding)
+    for name, found in scales.items():
+        made[name] = replace(rounding.get(name, Finding()), ratio=found.ratio, duo=found.duo)
+    return made
 
 
 @torch.inference_mode()
@@ -83,7 +99,7 @@ def fold_block(
         if foldable(scene.spec, producer, consumers) and forms.keys() >= set(consumers):
             choice = _search(block, scene, forms, scheme.grid, producer, consumers, run)
             block = fold(block, scene.spec, producer, consumers, choice.scale)
-            _rescale(scene.inputs, consumers[0], spread(scene.spec, producer, choice.scale))
+            rescale(scene.inputs, consumers[0], spread(scene.spec, producer, choice.scale))
             findings |= dict.fromkeys(consumers, Finding(choice.ratio, choice.duo))
     return block, findings
 
@@ -118,26 +134,30 @@ def _search(
     return awq.search(loss, activation, magnitude, grid, run)
 
 
-def _rescale(inputs: Inputs, read: str, columns: Tensor) -> None:
+def rescale(inputs: Inputs, read: str, columns: Tensor) -> None:
     """The same tokens, seen through the folded producer."""
     inputs.mean[read] = inputs.mean[read] / columns
+    inputs.peak[read] = inputs.peak[read] / columns
     inputs.gram[read] = inputs.gram[read] / (columns * columns[:, None])
     inputs.rows[read] = [x / columns for x in inputs.rows[read]]
 
 
-def _round(
-    name: str, linear: Linear, scene: Scene, form: Form, clip: bool
-) -> tuple[QuantizedTensor, float, float]:
-    weight = float_weight(linear)
-    gram = scene.inputs.gram[_read_by(name, scene.spec)]
-    group = form.group(weight.shape[1])
-    found = clipping.search(weight, gram, form.bits, group, form.symmetric, clip and name not in UNCLIPPED)
-    quantized = rtn.on_grid(weight, found.levels, group, form.symmetric)
-    noise = awq.energy(quantized.dequantize() - weight, gram) / max(awq.energy(weight, gram), TINY)
-    return quantized, found.share, noise
+def _round(name: str, linear: Linear, scene: Scene, form: Form, clip: bool) -> tuple[Linear, Finding]:
+    weight, read = float_weight(linear), read_by(name, scene.spec)
+    gram = scene.inputs.gram[read]
+    inputs = inputs_of(form, float(scene.inputs.peak[read].max()))
+    if clip and form.kind == "int" and form.group_size != TENSOR and name not in UNCLIPPED:
+        group = form.group(weight.shape[1])
+        found = clipping.search(weight, gram, form.bits, group, form.symmetric, clip)
+        share = found.share
+        made: Quantized = rtn.on_grid(weight, found.levels, group, form.symmetric)
+    else:
+        share, made = 0.0, nearest(weight, form)
+    noise = awq.energy(made.dequantize() - weight, gram) / max(awq.energy(weight, gram), TINY)
+    return replace(linear, weight=made, inputs=inputs), Finding(clip_share=share, noise=noise)
 
 
-def _read_by(name: str, spec: ModelSpec) -> str:
+def read_by(name: str, spec: ModelSpec) -> str:
     """The name under which the decoder shows this linear's input."""
     if name in ("q", "k", "v"):
         return "q"

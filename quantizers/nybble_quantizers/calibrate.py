@@ -61,12 +61,13 @@ def read_windows(path: Path, tokenizer: Tokenizer, samples: int, length: int, se
     return Calibration(drawn, path.name, tuple(overlap.sketch(texts)))
 
 
-def refuse_overlap(calibration: Calibration, evaluation: Path) -> None:
-    """Raises `ModelError` where the text that is to judge the result shares ten words in a row with it."""
-    found = overlap.shared("\n".join(read_documents(evaluation)), calibration.sketch)
+def refuse_overlap(calibration: Path, evaluation: Path) -> None:
+    """Raises `ModelError` where the text that is to judge the result has ten words in a row of the other."""
+    judging = {print for document in read_documents(evaluation) for _, print in overlap.runs(document)}
+    found = [run for document in read_documents(calibration) for run in overlap.shared(document, judging)]
     if found:
         raise ModelError(
-            f"{calibration.origin} shares {len(found)} passages with {evaluation.name}, as {found[0]!r}",
+            f"{calibration.name} and {evaluation.name} share {len(found)} runs of ten words, as {found[0]!r}",
             hint="calibrate on another text, or judge by another",
         )
 

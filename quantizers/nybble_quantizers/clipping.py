@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble_quantizers.rtn import Grid, grid, grouped
+from nybble_quantizers.grids import Grid, grid, grouped, narrowed
 
-STEPS = tuple(1 - step / 20 for step in range(1, 11))  # 0.95 down to 0.5 of the range
 CHUNK = 1 << 21  # weights handled at a time
+CACHED = 1 << 15  # of them, where one core passes over the same ones again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,34 @@ def search(weight: Tensor, gram: Tensor, bits: int, group_size: int, symmetric: 
     return Clipped(levels, sum(p.share * len(p.levels.scales) for p in parts) / len(weight))
 
 
+def search_columns(
+    weights: Tensor, costs: Tensor, bits: int, symmetric: bool, clip: bool
+) -> tuple[Grid, Tensor]:
+    """The range of one group of every row that minimises Σ costs · (w - ŵ)², and which rows' is narrowed.
+
+    weights: [g, N], inputs first · costs: [g] · the levels are [N].
+    """
+    rows = max(1, CACHED // len(weights))
+    parts = [_columns(part, costs, bits, symmetric, clip) for part in torch.split(weights, rows, 1)]
+    levels = Grid(torch.cat([g.scales for g, _ in parts]), torch.cat([g.zeros for g, _ in parts]), bits)
+    return levels, torch.cat([moved for _, moved in parts])
+
+
+def _columns(weights: Tensor, costs: Tensor, bits: int, symmetric: bool, clip: bool) -> tuple[Grid, Tensor]:
+    weights = weights.contiguous()
+    low, high = weights.aminmax(dim=0)
+    if not clip:
+        return grid(low, high, bits, symmetric), torch.zeros_like(low, dtype=torch.bool)
+    missed = torch.empty_like(weights)
+
+    def cost(tried: Grid) -> Tensor:
+        torch.div(weights, tried.scales, out=missed)
+        missed.round_().clamp_(-tried.zeros, 2**bits - 1 - tried.zeros).mul_(tried.scales).sub_(weights)
+        return costs @ missed.square_()
+
+    return narrowed(low, high, bits, symmetric, cost)
+
+
 def _diagonal(gram: Tensor, size: int, group_size: int) -> Tensor:
     """[G, g, g]; inputs that only fill up the last group count for nothing."""
     padded = gram.new_zeros(size, size)
@@ -54,23 +82,10 @@ def _diagonal(gram: Tensor, size: int, group_size: int) -> Tensor:
 
 def _search(groups: Tensor, blocks: Tensor, bits: int, symmetric: bool, clip: bool) -> Clipped:
     low, high = groups.aminmax(dim=-1)
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    best_low, best_high = low, high
-    least = _error(groups, blocks, grid(low, high, bits, symmetric))
-    narrowed = torch.zeros_like(least, dtype=torch.bool)
-    ends = ((True, True),) if symmetric else ((True, True), (True, False), (False, True))
-    for move_low, move_high in ends if clip else ():
-        start_low, start_high = best_low, best_high
-        for step in STEPS:
-            try_low = start_low * step if move_low else start_low
-            try_high = start_high * step if move_high else start_high
-            error = _error(groups, blocks, grid(try_low, try_high, bits, symmetric))
-            better = error < least
-            least = torch.where(better, error, least)
-            best_low = torch.where(better, try_low, best_low)
-            best_high = torch.where(better, try_high, best_high)
-            narrowed |= better
-    return Clipped(grid(best_low, best_high, bits, symmetric), float(narrowed.float().mean()))
+    if not clip:
+        return Clipped(grid(low, high, bits, symmetric), 0.0)
+    levels, moved = narrowed(low, high, bits, symmetric, lambda tried: _error(groups, blocks, tried))
+    return Clipped(levels, float(moved.float().mean()))
 
 
 def _error(groups: Tensor, blocks: Tensor, levels: Grid) -> Tensor:

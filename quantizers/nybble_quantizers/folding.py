@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Linear, Norm
+
+Pooling = Callable[[Tensor, int], Tensor]
 
 
 def foldable(spec: ModelSpec, producer: str, consumers: tuple[str, ...]) -> bool:
@@ -39,11 +42,11 @@ def spread(spec: ModelSpec, producer: str, scale: Tensor) -> Tensor:
     return heads.reshape(-1)
 
 
-def pool(spec: ModelSpec, producer: str, statistic: Tensor) -> Tensor:
-    """A statistic per consumer input -> one per producer channel (mean over the heads that share it)."""
+def pool(spec: ModelSpec, producer: str, statistic: Tensor, over: Pooling = torch.mean) -> Tensor:
+    """A statistic per consumer input -> one per producer channel (`over` the heads that share it)."""
     if producer != "v":
         return statistic
-    return statistic.view(spec.num_kv_heads, -1, spec.head_dim).mean(1).reshape(-1)
+    return over(statistic.view(spec.num_kv_heads, -1, spec.head_dim), 1).reshape(-1)
 
 
 def fold(block: Block, spec: ModelSpec, producer: str, consumers: tuple[str, ...], scale: Tensor) -> Block:

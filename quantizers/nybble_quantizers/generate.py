@@ -8,6 +8,7 @@ from threading import Event
 import torch
 from torch import Tensor
 
+from nybble_kernels.quantized import look_up
 from nybble_models.decoder import Decoder
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Weights
@@ -113,7 +114,7 @@ def _at(decoder: Decoder, angles: tuple[Tensor | None, Tensor | None], position:
 
 def _embed(decoder: Decoder, tokens: Tensor, position: int) -> Tensor:
     """Learned positions count along a sequence, so embed one token and move the rest to its place."""
-    x = decoder.weights.embed[tokens].float()
+    x = look_up(decoder.weights.embed, tokens)
     if decoder.weights.positions is not None:
         x = x + decoder.weights.positions[position + decoder.spec.position_offset].float()
     return x

@@ -11,21 +11,25 @@ from torch import Tensor
 
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_quantizers import clipping
-from nybble_quantizers.rtn import Grid
+from nybble_quantizers.refining import Levels, refine
+from nybble_quantizers.workers import Map, in_turn
 
-Order = Literal["groups", "columns", "none"]
-"""In which order the inputs of a linear are rounded; none of them leaves a permutation to the kernels.
+Order = Literal["groups", "columns", "desc_act", "none"]
+"""In which order the inputs of a linear are rounded; only "desc_act" leaves a permutation to the kernels.
 
 groups: whole groups, the one with the loudest input first, and within a group the loudest first (group-aware
-reordering); a group's grid is made when its turn comes, of the weights as they then are. columns: the loudest
-first whatever its group (act-order with static groups); the grids are made of the original weights. none: as
-stored, the grids as for "groups". On BabyLlama-105 at 3 and 4 bits "groups" was best or within 0.003 of it.
+reordering); a group's grid is made when its turn comes, of the weights as they then are. columns: the
+loudest first whatever its group (act-order with static groups); the grids are made of the original weights.
+desc_act: the loudest first, and groups of inputs that follow each other in that order. none: as stored, the
+grids as for "groups". On BabyLlama-105 at 3 and 4 bits "groups" was best or within 0.003 of it.
 """
 
-BLOCK = 128  # inputs between two updates of all the weights still to come
+BLOCK = 64  # inputs between two updates of all the weights still to come
+ROWS = 1536  # rounded together
 DAMP = 0.01  # of the mean of the diagonal, as in the paper's code
 STEP = 10.0  # by which the damping rises where the factorisation fails
 FAINT = 1e-6  # a pivot below this share of the mean is float32 noise
+SWEEPS = 2  # of `refine`
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +37,32 @@ class Factor:
     """What a Hessian asks for: the same for all linears that read the same input.
 
     order: which input is rounded when, int64 [K] · upper: U [K, K] with inv(H + λI) = Uᵀ U, in that order ·
-    damp: λ as a share of the mean of H's diagonal, as much as it took · static: all grids are made first.
+    hessian: H + λI [K, K], as the inputs are grouped · damp: λ as a share of the mean of H's diagonal, as
+    much as it took · kind: what the order is called.
     """
 
     order: Tensor
     upper: Tensor
+    hessian: Tensor
     damp: float
     group_size: int
-    static: bool
+    kind: Order
+
+    @property
+    def permutation(self) -> Tensor | None:
+        """Which input stands where before groups are made."""
+        return self.order if self.kind == "desc_act" else None
+
+    @property
+    def turns(self) -> Tensor:
+        """`order` in terms of the inputs as they are grouped."""
+        return torch.arange(len(self.order)) if self.kind == "desc_act" else self.order
+
+    def solve(self, sums: Tensor) -> Tensor:
+        """sums · inv(H + λI): the change of weights [N, K] that makes outputs with these Σ y xᵀ [N, K]."""
+        made = torch.empty_like(sums)
+        made[:, self.order] = sums[:, self.order] @ self.upper.T @ self.upper
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +85,17 @@ def gptq(
     clip: bool = True,
     order: Order = "groups",
     damp: float = DAMP,
+    sweeps: int = SWEEPS,
 ) -> Rounded:
-    """Minimises ‖(W - Ŵ) X‖² = Σ over rows of (w - ŵ) H (w - ŵ)ᵀ, greedily, one input after another.
+    """Minimises ‖(W - Ŵ) X‖² = Σ over rows of (w - ŵ) H (w - ŵ)ᵀ, one input after another.
 
     weight: [N, K] · hessian: H = X Xᵀ [K, K]; a factor (the paper's 2) changes nothing. Once input i is
     rounded, the error (w_i - ŵ_i) / U_ii is spread over the inputs still to come by row i of U; the sum of
     the squares of these errors is the objective, damping included. `clip` searches the range of every group
-    for the least sum of ((w_i - ŵ_i) / U_ii)², where False spans minimum to maximum.
+    for the least sum of ((w_i - ŵ_i) / U_ii)², where False spans minimum to maximum. Afterwards `sweeps`
+    times every code, and with `clip` every scale, is chosen again given all the others, see `refine`.
     """
-    return round_to(weight, factorise(hessian, group_size, order, damp), bits, symmetric, clip)
+    return round_to(weight, factorise(hessian, group_size, order, damp), bits, symmetric, clip, sweeps=sweeps)
 
 
 def factorise(hessian: Tensor, group_size: int, order: Order = "groups", damp: float = DAMP) -> Factor:
@@ -86,90 +110,148 @@ def factorise(hessian: Tensor, group_size: int, order: Order = "groups", damp: f
     chosen = _order(diagonal, group_size, order)
     mean = float(diagonal.mean()) or 1.0
     turned = hessian.double()[chosen.flip(0)][:, chosen.flip(0)]
+    turned.diagonal().add_(damp * mean)
     while True:
-        damped = turned.clone()
-        damped.diagonal().add_(damp * mean)
         # the factor of the reversed matrix is, reversed again, H = R Rᵀ with R upper, and U = inv(R)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(turned)
         if not int(failed) and float(lower.diagonal().square().min()) > FAINT * mean:
             break
-        damp = damp * STEP or DAMP
+        raised = damp * STEP or DAMP
+        turned.diagonal().add_((raised - damp) * mean)
+        damp = raised
     unit = torch.eye(len(chosen), dtype=torch.float64, device=hessian.device)
-    upper = torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1).float()
-    return Factor(chosen, upper.contiguous(), damp, group_size, order == "columns")
+    torch.linalg.solve_triangular(lower, unit, upper=False, out=turned)
+    upper = turned.float().flip(0, 1).contiguous()
+    laid = hessian[chosen][:, chosen] if order == "desc_act" else hessian.clone()
+    laid.diagonal().add_(damp * mean)
+    return Factor(chosen, upper, laid, damp, group_size, order)
 
 
-def round_to(weight: Tensor, factor: Factor, bits: int, symmetric: bool, clip: bool) -> Rounded:
-    """`gptq` with the Hessian factorised already. Rows do not depend on each other."""
-    order, size = factor.order, factor.group_size
-    original = weight.float()
-    work = original.T[order]  # [K, N], changed from here on
-    grids = _Grids(factor, bits, symmetric, clip, -(-len(order) // size))
-    if factor.static:
-        for group in range(grids.count):
-            grids.make(group, original.T[group * size : (group + 1) * size], _places(order, group, size))
-    codes = torch.empty_like(work, dtype=torch.uint8)
-    group_of, loss = torch.div(order, size, rounding_mode="floor").tolist(), 0.0
-    for first, last in _spans(group_of, 1 if factor.static else size):
-        errors = torch.empty_like(work[first:last])
-        for i in range(first, last):
-            group = group_of[i]
-            if group not in grids.made:
-                stop = i + group_of[i:].count(group)
-                grids.make(group, work[i:stop], torch.arange(i, stop))
-            level = grids.made[group]
-            chosen = level.codes(work[i, :, None])
-            codes[i] = chosen[:, 0]
-            made = chosen.sub_(level.zeros[:, None]).mul_(level.scales[:, None])[:, 0]
-            errors[i - first] = (work[i] - made) / factor.upper[i, i]
-            work[i + 1 : last].addr_(factor.upper[i, i + 1 : last], errors[i - first], alpha=-1)
+def round_to(
+    weight: Tensor, factor: Factor, bits: int, symmetric: bool, clip: bool, *, sweeps: int = SWEEPS
+) -> Rounded:
+    """`gptq` with the Hessian factorised already."""
+    return round_all([weight], factor, bits, symmetric, clip, sweeps=sweeps)[0]
+
+
+def round_all(
+    weights: Sequence[Tensor],
+    factor: Factor,
+    bits: int,
+    symmetric: bool,
+    clip: bool,
+    *,
+    sweeps: int = SWEEPS,
+    run: Map = in_turn,
+) -> list[Rounded]:
+    """`round_to` for the linears that read one input. Rows do not depend on each other: all go together."""
+    stacked = torch.cat([weight.float() for weight in weights])
+    if factor.permutation is not None:
+        stacked = stacked[:, factor.permutation]
+
+    def part(rows: Tensor) -> _Part:
+        return _round(rows.T.contiguous(), factor, bits, symmetric, clip, sweeps)
+
+    parts = run(part, torch.split(stacked, ROWS))
+    codes, scales, zeros = (
+        torch.cat([getattr(p.levels, name) for p in parts], 1).T for name in ("codes", "scales", "zeros")
+    )
+    if not bool(scales.isfinite().all()):
+        raise ValueError("a weight is too large for a float16 scale, or not a number")
+    made = QuantizedTensor(
+        codes.to(torch.uint8).contiguous(),
+        scales.contiguous(),
+        bits,
+        factor.group_size,
+        None if symmetric else zeros.to(torch.uint8).contiguous(),
+        permutation=factor.permutation,
+    )
+    shares, losses = torch.cat([p.shares for p in parts]), torch.cat([p.losses for p in parts])
+    found, first = [], 0
+    for weight in weights:
+        last = first + len(weight)
+        share, loss = float(shares[first:last].mean()), float(losses[first:last].sum(dtype=torch.float64))
+        found.append(Rounded(made.rows(first, last), share, factor.damp, loss))
+        first = last
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some rows [N]: their levels, the share of their groups that were narrowed, and what they cost."""
+
+    levels: Levels
+    shares: Tensor
+    losses: Tensor
+
+
+def _round(weight: Tensor, factor: Factor, bits: int, symmetric: bool, clip: bool, sweeps: int) -> _Part:
+    """weight: [K, N]"""
+    turns, size = factor.turns, factor.group_size
+    inputs, rows = weight.shape
+    work = weight[turns]  # changed from here on
+    costs = factor.upper.diagonal().square().reciprocal()  # of an input's error, the rest made up for
+    levels = Levels(
+        torch.empty_like(work),
+        weight.new_empty(-(-inputs // size), rows),
+        weight.new_empty(-(-inputs // size), rows),
+        bits,
+        size,
+    )
+    shares = weight.new_zeros(rows)
+
+    def make(group: int, weights: Tensor, places: Tensor) -> None:
+        found, moved = clipping.search_columns(weights, costs[places], bits, symmetric, clip)
+        levels.scales[group], levels.zeros[group] = found.scales, found.zeros
+        shares.add_(moved)
+
+    static = factor.kind == "columns"
+    if static:
+        back = torch.argsort(turns)
+        for group, (first, last) in enumerate(levels.spans()):
+            make(group, weight[first:last], back[first:last])
+    group_of = torch.div(turns, size, rounding_mode="floor").tolist()
+    losses, made = weight.new_zeros(rows), set[int]()
+    chosen = torch.empty_like(work)
+    for first, last in _spans(group_of, static):
+        group = group_of[first]
+        if not static and group not in made:
+            made.add(group)
+            stop = first + group_of[first:].count(group)
+            make(group, work[first:stop], torch.arange(first, stop))
+        errors = _compensate(work, chosen, levels, group_of, factor.upper, first, last)
         work[last:].addmm_(factor.upper[first:last, last:].T, errors, alpha=-1)
-        loss += float(errors.square().sum(dtype=torch.float64))
-    back = torch.argsort(order)
-    return Rounded(grids.tensor(codes[back].T.contiguous()), grids.share, factor.damp, loss)
+        losses += errors.square_().sum(0)
+    levels.codes[turns] = chosen
+    if sweeps:
+        losses = refine(levels, weight, factor.hessian, sweeps, refit=clip)
+    return _Part(levels, shares / len(levels.scales), losses)
 
 
-class _Grids:
-    """The levels of each group, made one group at a time."""
-
-    def __init__(self, factor: Factor, bits: int, symmetric: bool, clip: bool, count: int) -> None:
-        self.bits = bits
-        self.symmetric = symmetric
-        self.clip = clip
-        self.size = factor.group_size
-        self.count = count
-        self.made: dict[int, Grid] = {}
-        self._costs = (
-            factor.upper.diagonal().square().reciprocal()
-        )  # of an input's error, the rest made up for
-        self._shares = 0.0
-
-    def make(self, group: int, weights: Tensor, places: Tensor) -> None:
-        """weights: [g, N] of the inputs at `places` of the order."""
-        cost = torch.diag(self._costs[places])
-        found = clipping.search(weights.T, cost, self.bits, len(places), self.symmetric, self.clip)
-        self.made[group] = Grid(found.levels.scales[:, 0], found.levels.zeros[:, 0], self.bits)
-        self._shares += found.share
-
-    @property
-    def share(self) -> float:
-        return self._shares / self.count
-
-    def tensor(self, codes: Tensor) -> QuantizedTensor:
-        scales = torch.stack([self.made[g].scales for g in range(self.count)], 1)
-        zeros = torch.stack([self.made[g].zeros for g in range(self.count)], 1)
-        if not bool(scales.isfinite().all()):
-            raise ValueError("a weight is too large for a float16 scale, or not a number")
-        return QuantizedTensor(
-            codes, scales, self.bits, self.size, None if self.symmetric else zeros.to(torch.uint8)
-        )
+def _compensate(
+    work: Tensor, chosen: Tensor, levels: Levels, group_of: list[int], upper: Tensor, first: int, last: int
+) -> Tensor:
+    """Round inputs [first, last) into `chosen`; returns their errors over their pivots, [last - first, N]."""
+    top = 2**levels.bits - 1
+    block = upper[first:last, first:last].T.contiguous()
+    pivots = block.diagonal().tolist()
+    errors = torch.empty_like(work[first:last])
+    codes, weights, each = (t.unbind(0) for t in (chosen[first:last], work[first:last], errors))
+    for i, pivot in enumerate(pivots):
+        scales, zeros = levels.scales[group_of[first + i]], levels.zeros[group_of[first + i]]
+        if i:
+            weights[i].addmv_(errors[:i].T, block[i, :i], alpha=-1)
+        torch.div(weights[i], scales, out=codes[i]).round_().add_(zeros).clamp_(0, top)
+        torch.sub(codes[i], zeros, out=each[i]).mul_(scales)
+        torch.sub(weights[i], each[i], out=each[i]).mul_(1 / pivot)
+    return errors
 
 
 def _order(diagonal: Tensor, group_size: int, order: Order) -> Tensor:
     if order == "none":
         return torch.arange(len(diagonal), device=diagonal.device)
     loudest = torch.argsort(diagonal, descending=True, stable=True)
-    if order == "columns":
+    if order != "groups":
         return loudest
     groups = torch.div(loudest, group_size, rounding_mode="floor")
     rank = {group: place for place, group in enumerate(dict.fromkeys(groups.tolist()))}
@@ -177,21 +259,12 @@ def _order(diagonal: Tensor, group_size: int, order: Order) -> Tensor:
     return loudest[torch.argsort(ranks, stable=True)]
 
 
-def _places(order: Tensor, group: int, size: int) -> Tensor:
-    """Where in the order the inputs of a group stand, in the order of the inputs."""
-    back = torch.argsort(order)
-    return back[group * size : (group + 1) * size]
-
-
-def _spans(group_of: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """[first, last) of blocks of at most `BLOCK` inputs; a small group is never cut, a large one is alone."""
+def _spans(group_of: Sequence[int], static: bool) -> Iterator[tuple[int, int]]:
+    """[first, last) of blocks of at most `BLOCK` inputs, of one group where its grid waits for its turn."""
     first = 0
     while first < len(group_of):
         last = min(first + BLOCK, len(group_of))
-        if 1 < size <= BLOCK and last < len(group_of):
-            while group_of[last] == group_of[last - 1]:
-                last -= 1
-        elif size > BLOCK:
+        if not static:
             last = first + group_of[first:last].count(group_of[first])
         yield first, last
         first = last

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nybble_models.checkpoint import read_json, write_json
+from nybble_models.formats.form import Form
 from nybble_quantizers.calibrate import Calibration
 from nybble_quantizers.report import LayerReport, versions
 
@@ -51,6 +53,18 @@ class Journal:
     def keep_calibration(self, found: Calibration) -> None:
         facts = {"origin": found.origin, "sketch": found.sketch}
         self._write(self.folder / "calibration.safetensors", {"tokens": found.tokens}, facts)
+
+    def forms(self) -> dict[str, Form | None] | None:
+        """What was chosen for each linear, by its name."""
+        path = self.folder / "forms.json"
+        if not path.is_file():
+            return None
+        return {name: None if form is None else Form(**form) for name, form in read_json(path).items()}
+
+    def keep_forms(self, forms: Mapping[str, Form | None]) -> None:
+        unfinished = self.folder / "forms.unfinished"
+        write_json(unfinished, {name: None if form is None else asdict(form) for name, form in forms.items()})
+        os.replace(unfinished, self.folder / "forms.json")
 
     def keep(
         self, layer: int, stored: Stored, reports: list[LayerReport], states: Mapping[str, Tensor]

@@ -11,18 +11,22 @@ from typing import Any
 
 import torch
 
+from nybble_kernels.quantized import dense
 from nybble_models.checkpoint import write_json
 from nybble_models.errors import ModelError
-from nybble_models.formats.form import TENSOR
+from nybble_models.formats.form import Form
 from nybble_models.hub import open_source
 from nybble_models.loader import Loader
 from nybble_models.weights import Block, Linear
-from nybble_quantizers import rtn
+from nybble_quantizers import papers
 from nybble_quantizers.block import Finding
 from nybble_quantizers.calibrate import Calibration, refuse_overlap
 from nybble_quantizers.canary import Canary
+from nybble_quantizers.choosing import choose, said
+from nybble_quantizers.corpus import locate
 from nybble_quantizers.folding import float_weight
 from nybble_quantizers.journal import Journal, key_of
+from nybble_quantizers.origin import copy_licence, origin
 from nybble_quantizers.output import ShardWriter, appearing
 from nybble_quantizers.report import (
     LayerReport,
@@ -32,10 +36,12 @@ from nybble_quantizers.report import (
     layer_report,
     versions,
 )
+from nybble_quantizers.rounding import nearest, tokenwise
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.selection import Forms, Selection, select
 from nybble_quantizers.stream import Stream, calibration_for, read_block
 from nybble_quantizers.tokenizing import carry_over, load_tokenizer
+from nybble_quantizers.units import by_name
 from nybble_quantizers.workers import Map, side_by_side
 from nybble_quantizers.writer import ModelWriter
 
@@ -62,9 +68,9 @@ def quantize(
     then nothing is left behind.
     """
     run = _Run(Path(source), scheme, calibration, evaluation, seed, progress or (lambda event: None))
-    with appearing(out, run.selection.nbytes, run.key) as folder:
+    with appearing(out, run.disk, run.key) as folder:
         report = run.write(folder, " ".join(sys.argv) if command is None else command)
-        report.write(folder)
+        papers.write(folder, report)
     return report
 
 
@@ -90,17 +96,29 @@ class _Run:
         if self.loader.codec is not None:
             raise ModelError(f"{source} is quantized already", hint="quantize the original model")
         self.container = scheme.container
-        self.selection: Selection = select(self.loader.spec, self.loader.family, scheme, self.container)
+        spec, family = self.loader.spec, self.loader.family
+        self.selection: Selection = select(
+            spec, family, scheme, self.container, by_name(family, said(scheme, spec, family))
+        )
         self.key = key_of(source, scheme, _fingerprint(calibration), seed)
         skipped = self.selection.skipped
         if skipped and scheme.method != "none":
             log.warning("%d linears stay at 16 bits, the first is %s", len(skipped), skipped[0])
+
+    @property
+    def disk(self) -> int:
+        """Bytes for the journal and what is made of it: blocks twice, and two sets of states."""
+        scheme, spec = self.scheme, self.loader.spec
+        text = scheme.samples * min(scheme.length, spec.max_positions) if scheme.reads else 0
+        return 2 * self.selection.nbytes + 2 * 4 * text * spec.hidden_size
 
     def write(self, folder: Path, command: str) -> QuantReport:
         journal = Journal(folder / "journal")
         writer = ModelWriter(self.loader.family, self.container)
         with side_by_side() as run:
             calibration = self._calibration(journal, run)
+            if self.scheme.mixes and calibration is not None:
+                self.selection = self._chosen(journal, calibration, run)
             canary = self._canary()
             self._blocks(journal, writer, calibration, canary, run)
         self.tell(QuantizeProgress("write", 0, 1))
@@ -119,6 +137,7 @@ class _Run:
             bits_per_weight=8 * sum(sizes.values()) / self.loader.spec.parameters,
             skipped=self.selection.skipped,
             layers=tuple(layers),
+            origin=origin(self.source),
         )
 
     def _assemble(
@@ -129,12 +148,23 @@ class _Run:
         for layer in range(self.loader.spec.num_layers):
             shards.extend(journal.stored(layer))
             reports += journal.reports(layer)
-        shards.extend(writer.rest(self.loader))
+        ends, found = self._ends()
+        shards.extend(writer.rest(self.loader, ends))
         shards.close()
         write_json(folder / "config.json", self._config())
         carry_over(self.source, folder)
+        copy_licence(self.source, folder)
         journal.remove()
-        return shards.bytes, reports
+        return shards.bytes, reports + found
+
+    def _chosen(self, journal: Journal, calibration: Calibration, run: Map) -> Selection:
+        """The forms that meet the target."""
+        forms = journal.forms()
+        if forms is None:
+            self.tell(QuantizeProgress("choose", 0, 1))
+            forms = choose(self.loader, self.scheme, self.container, calibration.tokens, self.seed, run)
+            journal.keep_forms(forms)
+        return select(self.loader.spec, self.loader.family, self.scheme, self.container, forms)
 
     def _canary(self) -> Canary | None:
         """None for a model without a tokenizer: nobody could send it a prompt."""
@@ -143,6 +173,20 @@ class _Run:
         except ModelError as error:
             log.warning("no canary is written: %s", error)
             return None
+
+    def _ends(self) -> tuple[dict[str, tuple[Linear, Form]], list[LayerReport]]:
+        """Embedding and head where they are rounded: to nearest, as no text reaches all of a vocabulary."""
+        loader, made, reports = self.loader, dict[str, tuple[Linear, Form]](), list[LayerReport]()
+        for name in (loader.family.embed, loader.family.head):
+            form = self.selection.names.get(name)
+            if form is None:
+                continue
+            whole = Linear(dense(loader.embed())) if name == loader.family.embed else loader.head()
+            assert whole is not None
+            rounded = Linear(nearest(float_weight(whole), form))
+            made[name] = rounded, form
+            reports.append(layer_report(name, whole, rounded, Finding()))
+        return made, reports
 
     def _blocks(
         self,
@@ -153,7 +197,8 @@ class _Run:
         run: Map,
     ) -> None:
         """Quantize every block that is not done yet."""
-        stream = None if calibration is None else Stream(self.loader, calibration, self.scheme, run)
+        watched = calibration if self.scheme.watches else None
+        stream = None if watched is None else Stream(self.loader, watched, self.scheme, run)
         passing: list[Stream | Canary] = [each for each in (stream, canary) if each is not None]
         total, first = self.loader.spec.num_layers, journal.done(stateful=bool(passing))
         if first:
@@ -189,30 +234,23 @@ class _Run:
         ]
 
     def _calibration(self, journal: Journal, run: Map) -> Calibration | None:
-        if not (self.scheme.folds or self.scheme.compensates):
+        if not self.scheme.reads:
             return None
         kept = journal.calibration()
         if kept is not None:
             return kept
         file, seed = self.calibration, self.seed
+        if self.evaluation is not None and file is not None:
+            refuse_overlap(locate(file), self.evaluation)
         found = calibration_for(self.source, self.loader, self.scheme, file, seed, self.tell, run)
-        if self.evaluation is not None:
-            refuse_overlap(found, self.evaluation)
         journal.keep_calibration(found)
         return found
 
     def _nearest(self, block: Block, forms: Forms) -> Block:
         linears = dict(block.linears)
         for p, form in forms.items():
-            weight = float_weight(linears[p])
-            rounded = rtn.quantize(
-                weight,
-                form.bits,
-                form.group(weight.shape[1]),
-                form.symmetric,
-                per_tensor=form.group_size == TENSOR,
-            )
-            linears[p] = Linear(rounded, linears[p].bias)
+            rounded = nearest(float_weight(linears[p]), form)
+            linears[p] = Linear(rounded, linears[p].bias, tokenwise(form))
         return Block(linears, block.norms)
 
     def _config(self) -> dict[str, Any]:

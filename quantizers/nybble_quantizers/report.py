@@ -9,7 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from nybble_kernels.quantized import QuantizedTensor
+from torch import Tensor
+
+from nybble_kernels.float8 import Float8Tensor
 from nybble_models.checkpoint import write_json
 from nybble_models.weights import Linear
 from nybble_quantizers.block import Finding
@@ -18,7 +20,7 @@ from nybble_quantizers.origin import Origin
 
 LIBRARIES = ("nybble", "torch", "transformers", "safetensors", "gguf")
 
-Stage = Literal["calibrate", "quantize", "write"]
+Stage = Literal["calibrate", "choose", "quantize", "write"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +90,14 @@ class QuantReport:
 def layer_report(name: str, folded: Linear, quantized: Linear, found: Finding) -> LayerReport:
     """Measure one rounded linear against the weight that was rounded."""
     weight, made = float_weight(folded), quantized.weight
-    if not isinstance(made, QuantizedTensor):
+    if isinstance(made, Tensor):
         raise TypeError(f"{name} was not quantized")
     missed = made.dequantize() - weight
     error = float(missed.square().mean().sqrt() / weight.square().mean().sqrt().clamp(min=1e-30))
     sqnr = None if found.noise is None else -10 * math.log10(max(found.noise, 1e-30))
     return LayerReport(
         name,
-        made.bits,
+        8 if isinstance(made, Float8Tensor) else made.bits,
         made.group_size,
         made.nbytes,
         error,

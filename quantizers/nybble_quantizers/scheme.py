@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 
 from nybble_models.errors import ModelError
 from nybble_models.formats.container import Container, container
-from nybble_models.formats.form import CHANNEL, TENSOR, Form
+from nybble_models.formats.form import CHANNEL, TENSOR, Form, Inputs, Kind
 
-Method = Literal["awq", "gptq", "awq+gptq", "rtn", "none"]
+Method = Literal["awq", "gptq", "awq+gptq", "smoothquant", "smoothquant+gptq", "rtn", "none"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,12 @@ class Scheme:
     """`samples` windows of `length` tokens calibrate AWQ and GPTQ; `grid` is how many ratios AWQ tries.
 
     `skip` holds shell patterns of linears that stay 16-bit ("*.down_proj", "model.layers.0.*"). `format` is
-    a name of `CONTAINERS`, or "auto": AWQ where it can hold the form, else compressed-tensors.
+    a name of `CONTAINERS`, or "auto": AWQ where it can hold the form, else compressed-tensors. `overrides`
+    are "PATTERN=FORM" (see `override`). With `target_bits` a weight, scales and zeros included, or
+    `target_bytes`, the bits of each linear are chosen. `ends`: the embedding and the head are rounded too.
+    `kind` "float" is FP8 (E4M3). `inputs`: activations are rounded to 8 bits of the same kind, with a scale a
+    "token", or one for the "tensor" that calibration finds. `alpha`: how much of their range SmoothQuant
+    moves into the weights; None: searched for each fold.
     Method "none" keeps every weight at 16 bits (a change of container only).
     """
 
@@ -33,6 +38,13 @@ class Scheme:
     grid: int = 20
     skip: tuple[str, ...] = ()
     format: str = "auto"
+    overrides: tuple[str, ...] = ()
+    target_bits: float | None = None
+    target_bytes: int | None = None
+    ends: bool = False
+    kind: Kind = "int"
+    inputs: Inputs | None = None
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -46,10 +58,35 @@ class Scheme:
             )
         if self.format != "auto":
             container(self.format)
+        if self.target_bits is not None and self.target_bytes is not None:
+            raise ModelError("a target of bits and one of bytes contradict each other", hint="give one")
+        if self.format not in ("auto", "compressed-tensors") and self.ends:
+            raise ModelError(
+                f"{self.format} holds no quantized embedding", hint="--format compressed-tensors does"
+            )
+        if self.format == "awq" and (self.mixes or self.overrides):
+            raise ModelError("AWQ has one form for all linears", hint="--format compressed-tensors has many")
+        self._check_form()
         limits = {"bits": (2, 8), "samples": (1, 65536), "length": (2, 1 << 20), "grid": (1, 1000)}
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ModelError(f"{name} is {getattr(self, name)}", hint=f"give {low} to {high}")
+
+    def _check_form(self) -> None:
+        if self.kind == "float" and (self.bits, self.symmetric, self.group_size > 0) != (8, True, False):
+            raise ModelError(
+                "floats have 8 bits and no zero points, and one scale a row or a matrix",
+                hint="--scheme FP8 says all that",
+            )
+        if self.inputs is not None and (self.bits != 8 or not self.symmetric or self.group_size > 0):
+            raise ModelError(
+                "inputs are rounded where weights have 8 bits, no zero points and one scale a row",
+                hint="--scheme W8A8 and FP8 say all that",
+            )
+        if self.smooths and self.inputs is None:
+            raise ModelError("SmoothQuant is for rounded inputs", hint="--scheme W8A8")
+        if self.alpha is not None and not (self.smooths and 0 <= self.alpha <= 1):
+            raise ModelError(f"alpha is {self.alpha}", hint="give 0 to 1, with method smoothquant")
 
     def skips(self, name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in self.skip)
@@ -59,24 +96,46 @@ class Scheme:
         """How a linear is stored unless something else is said of it; None: at 16 bits."""
         if self.method == "none":
             return None
-        return Form(self.bits, self.group_size, self.symmetric)
+        return Form(self.bits, self.group_size, self.symmetric, self.kind, self.inputs)
 
     @property
     def container(self) -> Container:
         if self.format != "auto":
             return container(self.format)
-        plain = self.form is None or (self.form.bits == 4 and self.form.group_size != TENSOR)
+        form = self.form
+        alike = not (self.overrides or self.mixes or self.ends)
+        plain = form is None or (alike and form.bits == 4 and form.group_size != TENSOR)
         return container("awq" if plain else "compressed-tensors")
 
     @property
+    def mixes(self) -> bool:
+        """Whether the forms of the linears are chosen by measurement."""
+        return self.target_bits is not None or self.target_bytes is not None
+
+    @property
     def folds(self) -> bool:
-        """Whether scales are searched and folded (AWQ)."""
-        return self.method in ("awq", "awq+gptq")
+        """Whether scales are searched and folded (AWQ, SmoothQuant)."""
+        return self.smooths or self.method in ("awq", "awq+gptq")
+
+    @property
+    def smooths(self) -> bool:
+        """Whether those scales are made for inputs that are rounded."""
+        return self.method in ("smoothquant", "smoothquant+gptq")
 
     @property
     def compensates(self) -> bool:
         """Whether the weights still to be rounded make up for those that are (GPTQ)."""
-        return self.method in ("gptq", "awq+gptq")
+        return self.method in ("gptq", "awq+gptq", "smoothquant+gptq")
+
+    @property
+    def reads(self) -> bool:
+        """Whether a calibration text is needed."""
+        return self.watches or self.mixes
+
+    @property
+    def watches(self) -> bool:
+        """Whether the text passes the blocks as they are rounded."""
+        return self.folds or self.compensates or self.inputs == "tensor"
 
     @property
     def label(self) -> str:
@@ -89,6 +148,12 @@ PRESETS: Mapping[str, Scheme] = {
     "W4A16-g32": Scheme(group_size=32),
     "W4A16-g128": Scheme(group_size=128),
     "W4A16-RTN": Scheme(method="rtn"),
+    "W8A8": Scheme(method="smoothquant", bits=8, group_size=CHANNEL, symmetric=True, inputs="token"),
+    "W8A8-static": Scheme(method="smoothquant", bits=8, group_size=CHANNEL, symmetric=True, inputs="tensor"),
+    "FP8": Scheme(method="rtn", bits=8, group_size=CHANNEL, symmetric=True, kind="float", inputs="token"),
+    "FP8-static": Scheme(
+        method="rtn", bits=8, group_size=CHANNEL, symmetric=True, kind="float", inputs="tensor"
+    ),
     "W16": Scheme(method="none"),
 }
 

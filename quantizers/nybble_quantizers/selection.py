@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from nybble_models.errors import ModelError
 from nybble_models.families import Family
@@ -25,7 +26,7 @@ class Selection:
     """`forms[layer]` are the forms that the scheme wants and the container can hold."""
 
     forms: tuple[Forms, ...]
-    names: Mapping[str, Form | None]  # of every linear, in order
+    names: Mapping[str, Form | None]  # of every linear in order, and of an embedding or head that is rounded
     nbytes: int  # about what the folder will take
 
     @property
@@ -46,15 +47,15 @@ def select(
     family: Family,
     scheme: Scheme,
     container: Container,
-    wanted: Mapping[str, Form | None] | None = None,
+    wanted: Mapping[str, Form | None] = MappingProxyType({}),
 ) -> Selection:
-    """`wanted` are forms by full name; without it every linear gets the scheme's.
+    """`wanted` are forms by full name; what it does not name gets the scheme's.
 
     Partners must be alike: where one cannot be stored as wanted, all stay at 16 bits. Raises `ModelError`
     when a quantizing scheme would round nothing.
     """
     names = {
-        name: None if scheme.skips(name) else scheme.form if wanted is None else wanted[name]
+        name: None if scheme.skips(name) else wanted.get(name, scheme.form)
         for name in linear_names(spec, family)
     }
     chosen = tuple(_fitting(spec, family, container, names, layer) for layer in range(spec.num_layers))
@@ -64,12 +65,13 @@ def select(
         raise ModelError(
             f"no linear can be quantized: {reason or 'all of them are skipped'}", hint="change the scheme"
         )
-    held = {
+    ends = {name: form for name, form in wanted.items() if name not in names and form is not None}
+    held = ends | {
         family.projections[p].format(i=layer): chosen[layer].get(p)
         for layer in range(spec.num_layers)
         for p in spec.projections
     }
-    return Selection(chosen, held, _bytes(spec, chosen))
+    return Selection(chosen, held, _bytes(spec, chosen, ends))
 
 
 def linear_names(spec: ModelSpec, family: Family) -> list[str]:
@@ -88,9 +90,10 @@ def _fitting(
     return chosen
 
 
-def _bytes(spec: ModelSpec, forms: tuple[Forms, ...]) -> int:
+def _bytes(spec: ModelSpec, forms: tuple[Forms, ...], ends: Mapping[str, Form]) -> int:
     """As stored; 16 bits for every other weight."""
-    total = 2 * spec.parameters + SPARE
+    table = spec.vocab_size, spec.hidden_size
+    total = 2 * spec.parameters + SPARE + sum(f.nbytes(table) - 2 * math.prod(table) for f in ends.values())
     for layer in forms:
         for projection, form in layer.items():
             shape = spec.shape(projection)

@@ -16,14 +16,15 @@ from nybble_models.errors import BrokenCheckpoint
 from nybble_models.loader import Loader
 from nybble_models.weights import Block, Linear, Norm, Weights
 from nybble_models.window import Window
-from nybble_quantizers.block import Finding, Scene, fold_block, quantize_block
+from nybble_quantizers.block import Finding, Scene, fold_block, merged, round_block
 from nybble_quantizers.calibrate import Calibration, Inputs, Observation, read_windows
 from nybble_quantizers.corpus import locate
 from nybble_quantizers.generate import generate
 from nybble_quantizers.report import Listener, QuantizeProgress
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.selection import Forms
-from nybble_quantizers.sequential import Passage, merged
+from nybble_quantizers.sequential import Passage
+from nybble_quantizers.smoothquant import smooth_block
 from nybble_quantizers.tokenizing import load_tokenizer
 from nybble_quantizers.workers import Map
 
@@ -66,7 +67,8 @@ class Stream:
 
     AWQ: the next block sees what the float block makes of the text. Feeding it what the quantized block makes
     instead was measured: the same perplexity within the noise, for twice the forward passes. GPTQ: it sees
-    what the quantized block makes of it, and the rounding itself is that pass.
+    what the quantized block makes of it, and the rounding itself is that pass; the float block's states pass
+    along, for the rounding to make up for what has been lost so far.
     """
 
     def __init__(self, loader: Loader, calibration: Calibration, scheme: Scheme, run: Map) -> None:
@@ -78,28 +80,35 @@ class Stream:
         weights = Weights(dense(loader.embed()), loader.positions(), empty, loader.final_norm(), None)
         self.decoder = Decoder(spec, weights)
         self.states: list[Tensor] = [self.decoder.embed(window) for window in calibration.tokens]
+        self.plain = list(self.states) if scheme.compensates else []  # as the float model makes them
 
     def advance(self, layer: int, block: Block, forms: Forms) -> tuple[Block, Block, dict[str, Finding]]:
-        """(folded, quantized, findings) of one block, see `quantize_block`; moves the text past it."""
+        """(folded, quantized, findings) of one block, see `round_block`; moves the text past it."""
         scheme, run = self.scheme, self.run
         folded, findings = block, dict[str, Finding]()
-        if scheme.folds:
+        if scheme.folds or not scheme.compensates:
             scene, moved = self._watch(layer, block)
+            if scheme.smooths:
+                folded, findings = smooth_block(block, scene, forms, scheme.alpha, run)
+            elif scheme.folds:
+                folded, findings = fold_block(block, scene, scheme, forms, run)
             if not scheme.compensates:
                 self.states = moved
-                return quantize_block(block, scene, scheme, forms, run)
-            folded, findings = fold_block(block, scene, scheme, forms, run)
+                made, rounding = round_block(folded, scene, forms, scheme.clip and scheme.folds, run)
+                return folded, made, merged(findings, rounding)
         passage = Passage(self.decoder, layer, folded, scheme, forms, run)
-        self.states = passage.through(self.states)
+        passage.through(self.states, self.plain)
         return folded, passage.made, merged(findings, passage.findings)
 
     def kept(self) -> dict[str, Tensor]:
         """All that the next block needs to know of the blocks before it."""
-        return {"states": torch.stack(self.states)}
+        kept = {"states": torch.stack(self.states)}
+        return kept | {"plain": torch.stack(self.plain)} if self.plain else kept
 
     def restore(self, kept: Mapping[str, Tensor]) -> None:
         """Go on after the block with which `kept` was made."""
         self.states = list(kept["states"])
+        self.plain = list(kept.get("plain", ()))
 
     def _watch(self, layer: int, block: Block) -> tuple[Scene, list[Tensor]]:
         """What the linears of the float block read, and the states after it."""

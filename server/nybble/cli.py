@@ -23,8 +23,12 @@ Examples:
 VERBS = {
     "serve": "Serve a model over an OpenAI-compatible HTTP API; quantize it first if it is not.",
     "quantize": "Write a quantized copy of a model.",
+    "convert": "Write a quantized model in another format, without changing a weight's value.",
+    "eval": "Measure a model's perplexity, and how close it is to the unquantized one.",
     "bench": "Measure any OpenAI-compatible server: first token, token to token, tokens per second.",
     "chat": "Chat with a running server in the terminal.",
+    "verify": "Check a checkpoint: sums, every tensor, and whether its report is true.",
+    "report": "Write one HTML page about quantized checkpoints: quality against size, error by layer.",
     "inspect": "Say what a model folder or file is: method, bits, sizes, memory needed.",
     "tune": "Measure how this GPU cuts a model's products best, and keep it for serve.",
     "health": "Exit 0 if a server is ready, 1 if not.",

@@ -66,7 +66,9 @@ def inspect_model(path: Path) -> Inspection:
 
 
 def _folder(path: Path) -> Inspection:
-    config = _json(path / "config.json")
+    from nybble_models.checkpoint import read_config
+
+    config = read_config(path)
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
         raise CheckpointError(f"{path}: no .safetensors file", hint="other kinds of weights are not read")
@@ -82,7 +84,22 @@ def _gguf(path: Path) -> Inspection:
 
     head = read_header(path)
     tensors = [Stored(name, each.kind.name, each.shape, each.nbytes) for name, each in head.tensors.items()]
-    return _inspection(path, "gguf", Gguf(path).config, "gguf", {}, tensors)
+    config = Gguf(path).config
+    method, settings = _gguf_rule(tensors, family_of(config))
+    return _inspection(path, "gguf", config, method, settings, tensors)
+
+
+def _gguf_rule(tensors: list[Stored], family: Family) -> tuple[str, dict[str, Any]]:
+    """The method by the type that most weights of linears have, and its groups where they are known."""
+    sizes = Counter[str]()
+    for tensor in tensors:
+        if len(tensor.shape) == 2 and kind_of(tensor.name, family) == "linear":
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+    kind = sizes.most_common(1)[0][0] if sizes else "F32"
+    if kind in ("F32", "F16", "BF16"):
+        return "none", {}
+    known = {"Q4_0": True, "Q4_1": False, "Q8_0": True}
+    return f"gguf {kind}", {"group_size": 32, "sym": known[kind]} if kind in known else {}
 
 
 def _inspection(
@@ -160,15 +177,3 @@ def _stored(name: str, entry: Mapping[str, Any]) -> Stored:
     if end < begin or math.prod(shape) < 0:
         raise ValueError(name)
     return Stored(name, str(entry["dtype"]), shape, end - begin)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing", hint="is this a model folder?") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}", hint="download the file again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: not a JSON object", hint="download the file again")
-    return value

@@ -1,60 +1,114 @@
-"""From the name a user gives to a folder that can be served: fetch it, and quantize it once into the cache.
+"""From the name a user gives to a model that can be served: fetch it, and quantize it once into the cache.
 
 The only module of the server that reaches the quantizers, and it does so only when there is something to do.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nybble
 from nybble.config import ServeConfig
 from nybble.engine.protocol import Progress
-from nybble_models.checkpoint import read_json
+from nybble_models.checkpoint import read_config
+from nybble_models.formats.gguf_tokenizer import write_tokenizer
 from nybble_models.hub import fetch, name_of
 
+if TYPE_CHECKING:
+    from nybble_quantizers.report import QuantizeProgress
+    from nybble_quantizers.scheme import Scheme
 
-def prepare(config: ServeConfig, progress: Progress) -> Path:
-    """The folder to serve. Raises `UsageError` and the floors' own errors."""
+PATIENCE = 1.0  # seconds between two looks whether another process is done
+TOKENIZER_BYTES = 64 << 20  # a tokenizer.json of a quarter of a million pieces takes half of that
+
+
+def prepare(config: ServeConfig, progress: Progress) -> tuple[Path, Path]:
+    """The folder or GGUF file to serve, and the folder with its tokenizer: the same, but for a GGUF file.
+
+    Raises `UsageError` and the floors' own errors.
+    """
     source = fetch(config.model, config.cache_path, lambda text: progress(text, 0.0))
-    if source.is_dir() and (quantized(source) or config.quantization == "none"):
-        return source
-    target = config.cache_path / "models" / f"{name_of(config.model)}-{_label(config)}-{_key(source, config)}"
+    if config.quantization == "none" or (source.is_dir() and quantized(source)):
+        return source, source if source.is_dir() else _tokenizer_of(source, config)
+    scheme = scheme_of(config)
+    name = f"{name_of(config.model)}-{scheme.label}-{_key(source, config)}"
+    target = config.cache_path / "models" / name
     if not target.exists():
-        _quantize(source, target, config, progress)
-    return target
+        with _alone(target, progress):
+            if not target.exists():
+                _quantize(source, target, scheme, config.calibration, progress)
+    return target, target
 
 
 def quantized(directory: Path) -> bool:
     """Whether a folder holds weights that are quantized already."""
-    return bool(read_json(directory / "config.json").get("quantization_config"))
+    return bool(read_config(directory).get("quantization_config"))
 
 
-def _quantize(source: Path, target: Path, config: ServeConfig, progress: Progress) -> None:
-    from nybble_quantizers.pipeline import quantize
+def scheme_of(config: ServeConfig) -> Scheme:
+    """How an unquantized model is quantized before it is served."""
     from nybble_quantizers.scheme import Scheme
 
-    scheme = Scheme(
+    return Scheme(
         method=config.quantization,  # type: ignore[arg-type]  # the config has checked it
         bits=config.bits,
         group_size=config.group_size,
         symmetric=config.symmetric,
     )
+
+
+def _quantize(
+    source: Path, target: Path, scheme: Scheme, calibration: str | None, progress: Progress
+) -> None:
+    from nybble_quantizers.pipeline import quantize
+
+    def tell(event: QuantizeProgress) -> None:
+        progress(f"quantize: {event.stage}", event.done / max(event.total, 1))
+
+    quantize(source, target, scheme, calibration=calibration, progress=tell)
+
+
+@contextmanager
+def _alone(target: Path, progress: Progress) -> Iterator[None]:
+    """One process at a time: the second of two first starts waits, and finds what the first has made."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    quantize(
-        source,
-        target,
-        scheme,
-        calibration=config.calibration,
-        progress=lambda event: progress(f"quantize: {event.stage}", event.done / max(event.total, 1)),
-    )
+    path = target.with_name(f".{target.name}.lock")
+    with path.open("w") as file:
+        while not _locked(file.fileno()):
+            progress("waiting for another process that quantizes this model", 0.0)
+            time.sleep(PATIENCE)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
-def _label(config: ServeConfig) -> str:
-    if config.quantization == "none":
-        return "w16"
-    return f"{config.quantization}-w{config.bits}g{config.group_size}" + ("-sym" if config.symmetric else "")
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _tokenizer_of(source: Path, config: ServeConfig) -> Path:
+    """The tokenizer's files of a GGUF file, written into the cache once."""
+    stat = source.stat()
+    facts = repr((str(source.resolve()), stat.st_size, stat.st_mtime_ns, nybble.__version__))
+    key = hashlib.sha256(facts.encode()).hexdigest()[:8]
+    target = config.cache_path / "models" / f"{name_of(config.model)}-tokenizer-{key}"
+    if not target.exists():
+        from nybble_quantizers.output import appearing
+
+        with appearing(target, TOKENIZER_BYTES, key) as folder:
+            write_tokenizer(source, folder)
+    return target
 
 
 def _key(source: Path, config: ServeConfig) -> str:

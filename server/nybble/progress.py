@@ -27,6 +27,10 @@ class Display(Protocol):
 
     def update(self, phase: str, fraction: float) -> None: ...
 
+    def note(self, line: str) -> None:
+        """A line that stays, above whatever moves."""
+        ...
+
 
 def display() -> Display:
     """Bars if a person is watching, lines if not."""
@@ -66,6 +70,9 @@ class Bars:
             self._phase, self._task = phase, self._progress.add_task(phase, total=1.0)
         self._progress.update(self._task, completed=min(max(fraction, 0.0), 1.0))
 
+    def note(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False, markup=False)
+
     def _finish(self) -> None:
         if self._task is not None:
             self._progress.update(self._task, completed=1.0)
@@ -98,6 +105,9 @@ class Lines:
             return
         self._tenth = tenth
         print(f"{phase}: {tenth * 10}%{self._left(fraction)}", file=sys.stderr, flush=True)
+
+    def note(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
     def _left(self, fraction: float) -> str:
         spent = time.monotonic() - self._began

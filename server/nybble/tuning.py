@@ -15,7 +15,7 @@ from nybble.prepare import prepare
 from nybble_kernels.triton.linear import DeviceLinear
 from nybble_kernels.triton.search import fastest
 from nybble_kernels.triton.tiles import Phase, Tuning, file_name, key
-from nybble_models.checkpoint import Checkpoint
+from nybble_models.hub import open_source
 from nybble_models.loader import Loader
 from nybble_models.triton_memory import Cache, Sizes
 from nybble_models.triton_step import Settings, TritonStep
@@ -30,12 +30,12 @@ def tune_model(
     """Cuts for this GPU, those it had before included, saved after every product."""
     if device_of(config) is not gpu:
         raise UsageError("tune: PyTorch finds no GPU", hint="run it on the machine that serves")
-    directory = prepare(config, lambda phase, part: None)
-    settings = gpu.settings_of(config, Loader(Checkpoint(directory)))
+    source, _ = prepare(config, lambda phase, part: None)
+    settings = gpu.settings_of(config, Loader(open_source(source)))
     device, processors = gpu.device_name(settings.device), settings.tuning.processors
     cuts = dict(settings.tuning.cuts)
     with torch.inference_mode():
-        for linear in distinct(first_layer(config, directory, settings)):
+        for linear in distinct(first_layer(config, source, settings)):
             for phase in PHASES:
                 copies = copies_of(linear)
                 best, times = fastest(linear, phase, settings.dtype, copies=copies, rounds=rounds)
@@ -51,9 +51,9 @@ def default_file(config: ServeConfig) -> Path:
     return gpu.tuned_folder(config) / file_name(gpu.device_name(device))
 
 
-def first_layer(config: ServeConfig, directory: Path, settings: Settings) -> TritonStep:
+def first_layer(config: ServeConfig, source: Path, settings: Settings) -> TritonStep:
     """The model with one layer: it has every product there is."""
-    loader = Loader(Checkpoint(directory))
+    loader = Loader(open_source(source))
     weights = Weights(loader.embed(), loader.positions(), [], loader.final_norm(), loader.head())
 
     def cache() -> Cache:

@@ -110,9 +110,9 @@ def test_a_file_that_was_cut_is_found(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda f: (f / "config.json").unlink(), "config.json: missing"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json: not JSON"),
-        (lambda f: (f / "config.json").write_text("[]"), "config.json: not a JSON object"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json does not hold an object"),
         (lambda f: (f / "config.json").write_text('{"architectures": ["FooModel"]}'), "FooModel"),
         (lambda f: (f / "model.safetensors").unlink(), "no .safetensors file"),
     ],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,12 +17,18 @@ from torch import Tensor
 from nybble.config import ServeConfig
 from nybble.engine.build import build_engine
 from nybble.inspection import inspect_model
+from nybble_kernels.activations import Activations
+from nybble_kernels.float8 import Float8Tensor
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.checkpoint import Checkpoint
 from nybble_models.decoder import Decoder
 from nybble_models.errors import BrokenCheckpoint, UnsupportedModel
 from nybble_models.formats.codec import Codec
-from nybble_models.formats.compressed_tensors import IntQuantizedCodec, PackQuantizedCodec
+from nybble_models.formats.compressed_tensors import (
+    FloatQuantizedCodec,
+    IntQuantizedCodec,
+    PackQuantizedCodec,
+)
 from nybble_models.formats.gptq import GptqCodec
 from nybble_models.loader import Loader
 from support_checkpoint import write_checkpoint
@@ -44,9 +50,17 @@ class Case:
     symmetric: bool = True
     order: bool = False
     w8a8: bool = False
+    kind: Literal["int", "float"] = "int"
 
-    def levels(self, weight: Tensor) -> QuantizedTensor:
+    @property
+    def inputs(self) -> Activations | None:
+        return Activations(self.kind) if self.w8a8 else None
+
+    def levels(self, weight: Tensor) -> QuantizedTensor | Float8Tensor:
         """Scales are float16 numbers and zeros at least 1, so that every format can hold them."""
+        if self.kind == "float":
+            scales = (weight.abs().amax(1, keepdim=True) / 440).half().float()
+            return Float8Tensor((weight / scales).to(torch.float8_e4m3fn), scales, weight.shape[1])
         inputs = weight.shape[1]
         permutation = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))
         size = inputs if self.group < 0 else self.group
@@ -63,6 +77,7 @@ CASES = {
     "gptq 8-bit channel": Case(GptqCodec(), 8, -1),
     "pack-quantized": Case(PackQuantizedCodec(), symmetric=False),
     "int-quantized": Case(IntQuantizedCodec(), 8, -1, w8a8=True),
+    "float-quantized": Case(FloatQuantizedCodec(), 8, -1, w8a8=True, kind="float"),
 }
 
 
@@ -80,7 +95,8 @@ def write(directory: Path, case: Case, **changes: Any) -> tuple[Path, Path]:
         stored |= {name.removesuffix("weight") + part: t for part, t in case.codec.encode(levels).items()}
     save_file(stored, folders[0] / "model.safetensors")
     save_file(meant, folders[1] / "model.safetensors")
-    settings = case.codec.settings(uniform(case.bits, case.group, case.symmetric, case.w8a8))
+    forms = uniform(case.bits, case.group, case.symmetric, case.w8a8)
+    settings = case.codec.settings({n: f and replace(f, kind=case.kind) for n, f in forms.items()})
     configure(folders[0], settings | changes)
     return folders
 
@@ -90,15 +106,20 @@ def configure(folder: Path, settings: Mapping[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def logits(folder: Path, tokens: list[int]) -> Tensor:
+def logits(folder: Path, tokens: list[int], inputs: Activations | None = None) -> Tensor:
+    """With the inputs of all linears rounded as given, unless the folder asks for something itself."""
     loader = Loader(Checkpoint(folder))
-    return Decoder(loader.spec, loader.load()).forward(torch.tensor(tokens))
+    weights = loader.load()
+    for linear in (linear for block in weights.blocks for linear in block.linears.values()):
+        linear.inputs = linear.inputs or inputs
+    return Decoder(loader.spec, weights).forward(torch.tensor(tokens))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_means_what_its_levels_mean(tmp_path: Path, name: str) -> None:
     quantized, meant = write(tmp_path, CASES[name])
-    assert torch.allclose(logits(quantized, PROMPT), logits(meant, PROMPT), rtol=1e-4, atol=1e-4)
+    expected = logits(meant, PROMPT, CASES[name].inputs)
+    assert torch.allclose(logits(quantized, PROMPT), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +128,8 @@ def test_a_checkpoint_means_what_its_levels_mean(tmp_path: Path, name: str) -> N
         ("gptq", "torch", "gptq int4 g32 symmetric"),
         ("gptq 3-bit act-order", "numba", "gptq int3 g32 asymmetric act-order"),
         ("int-quantized", "torch", "compressed-tensors int8 g64 symmetric"),
+        ("float-quantized", "numba", "compressed-tensors fp8 g64"),
+        ("float-quantized", "torch", "compressed-tensors fp8 g64"),
     ],
 )
 def test_an_engine_answers_as_the_weights_mean(tmp_path: Path, name: str, kernels: str, said: str) -> None:
@@ -126,7 +149,12 @@ def test_an_engine_answers_as_the_weights_mean(tmp_path: Path, name: str, kernel
 
 
 @pytest.mark.parametrize(
-    ("name", "kinds"), [("gptq", "w4a16 w8a16"), ("int-quantized", "w8a8 w8a16")], ids=["gptq", "w8a8"]
+    ("name", "kinds"),
+    [
+        pytest.param("gptq", "w4a16 w8a16", id="gptq"),
+        pytest.param("int-quantized", "w8a8 w8a16", id="w8a8"),
+        pytest.param("float-quantized", "fp8 w8a16", id="fp8"),
+    ],
 )
 def test_triton_answers_as_the_weights_mean(tmp_path: Path, name: str, kinds: str) -> None:
     """8-bit inputs are asked for by the checkpoint, and round more than weights do."""
@@ -174,6 +202,12 @@ def test_one_checkpoint_may_mix_formats_and_floats(tmp_path: Path) -> None:
         "group_1": IntQuantizedCodec().settings(uniform(8, -1, True, w8a8=True))["config_groups"]["group_0"]
         | {"targets": [r"re:model\.layers\.1\."]},
     }
+    configure(packed, {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": []})
+    loader = Loader(Checkpoint(packed))
+    kinds = [loader.block(layer).linears["q"].inputs for layer in range(3)]
+    assert kinds == [None, Activations("int"), None]
+    for group in groups.values():
+        group["input_activations"] = None
     configure(packed, {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": []})
     assert torch.allclose(logits(packed, PROMPT), logits(meant, PROMPT), rtol=1e-4, atol=1e-4)
 

@@ -50,16 +50,18 @@ def test_the_stored_levels_mean_what_gguf_says_bit_for_bit(
         name = f"model.layers.1.self_attn.{projection}_proj.weight"
         stored = raw[f"blk.1.attn_{'output' if projection == 'o' else projection}.weight"]
         theirs = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type))
-        ours = source.weight(name).dequantize()
+        levels = source.levels(name)
+        assert levels is not None
+        ours = levels.dequantize()
         assert torch.equal(ours, source.tensor(name))
         turned = architecture == "llama" and projection in heads
         assert torch.equal(interleaved(ours, heads[projection]) if turned else ours, theirs)
 
 
 def test_a_q4_1_matrix_has_real_minimums(tmp_path: Path) -> None:
-    weight = Gguf(written(tmp_path / "m.gguf", "llama", Kind.Q4_1)).weight(
-        "model.layers.0.mlp.up_proj.weight"
-    )
+    source = Gguf(written(tmp_path / "m.gguf", "llama", Kind.Q4_1))
+    weight = source.levels("model.layers.0.mlp.up_proj.weight")
+    assert weight is not None
     assert weight.minimums is not None
     assert weight.zeros is None
     assert (weight.bits, weight.group_size) == (4, 32)
@@ -67,10 +69,21 @@ def test_a_q4_1_matrix_has_real_minimums(tmp_path: Path) -> None:
 
 def test_levels_are_only_given_where_they_are_exact(tmp_path: Path) -> None:
     source = Gguf(written(tmp_path / "m.gguf", "llama", Kind.Q4_1))
-    assert source.quantized("model.layers.0.mlp.up_proj.weight")
-    assert not source.quantized("model.norm.weight")
-    with pytest.raises(UnsupportedModel, match="F32"):
-        source.weight("model.norm.weight")
+    assert source.levels("model.norm.weight") is None
+    assert source.levels("model.embed_tokens.weight") is None
+    assert source.kinds() == ({Kind.Q4_1: 21}, {Kind.F32: 1})
+    with pytest.raises(BrokenCheckpoint, match=r"model\.norm\.bias"):
+        source.levels("model.norm.bias")
+
+
+def test_a_scale_that_is_no_number_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path / "m.gguf", "llama", Kind.Q8_0)
+    start = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.2.ffn_up.weight").data_offset
+    whole = bytearray(path.read_bytes())
+    whole[start : start + 2] = np.array([np.nan], np.float16).tobytes()
+    path.write_bytes(whole)
+    with pytest.raises(BrokenCheckpoint, match=r"layers\.2\.mlp\.up_proj.*NaN"):
+        Loader(Gguf(path)).load()
 
 
 def test_llama_3_frequencies_become_its_scaling(tmp_path: Path) -> None:

@@ -125,9 +125,9 @@ def test_a_hub_that_refuses_is_still_a_hub(monkeypatch: pytest.MonkeyPatch, refu
     monkeypatch.setenv("HF_ENDPOINT", refusing)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert hub._hub_answers()
+    assert hub.hub_answers()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert not hub._hub_answers()
+    assert not hub.hub_answers()
 
 
 def test_a_hub_that_is_not_there_is_given_up_soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def test_a_hub_that_is_not_there_is_given_up_soon(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(hub, "REACH_SECONDS", 0.3)
-    assert not hub._hub_answers()
+    assert not hub.hub_answers()
 
 
 def test_a_source_is_a_folder_or_a_gguf_file(tmp_path: Path) -> None:

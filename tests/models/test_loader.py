@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nybble_models.checkpoint import Checkpoint
+from nybble_models.checkpoint import Checkpoint, read_config
 from nybble_models.errors import BrokenCheckpoint, UnsupportedModel
 from nybble_models.formats.awq import AwqCodec
 from nybble_models.loader import Loader
@@ -147,3 +147,32 @@ def test_tensors_that_do_not_belong_together_are_caught(tmp_path: Path) -> None:
 def test_an_unknown_method_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel, match="hqq"):
         load(write(tmp_path, tensors(), quantization_config={"quant_method": "hqq"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "method"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": False}, "gptq"),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 128, "zero_point": True}, "awq"),
+    ],
+    ids=["AutoGPTQ", "AutoAWQ"],
+)
+def test_settings_in_a_file_of_their_own_are_found(
+    tmp_path: Path, name: str, said: dict[str, object], method: str
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / name).write_text(json.dumps(said))
+    found = read_config(tmp_path)["quantization_config"]
+    assert (found["quant_method"], found["bits"], found["group_size"]) == (method, 4, 128)
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "other"}}')
+    assert read_config(tmp_path)["quantization_config"] == {"quant_method": "other"}
+
+
+def test_a_single_shard_may_have_any_name(tmp_path: Path) -> None:
+    """AutoGPTQ wrote gptq_model-4bit-128g.safetensors; two such files say nothing without an index."""
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.ones(2)}, tmp_path / "gptq_model-4bit-128g.safetensors")
+    assert torch.equal(Checkpoint(tmp_path).tensor("a"), torch.ones(2))
+    save_file({"b": torch.ones(2)}, tmp_path / "another.safetensors")
+    with pytest.raises(BrokenCheckpoint, match=r"no model\.safetensors"):
+        Checkpoint(tmp_path)

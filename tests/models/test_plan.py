@@ -18,7 +18,7 @@ def test_planned_weights_are_those_held(family: str) -> None:
     biases = 4 * spec.num_layers * sum(spec.shape(p)[0] for p in spec.projections if spec.has_bias(p))
     matrix = spec.vocab_size * spec.hidden_size
     embeddings = matrix if spec.tied_head else 3 * matrix  # the head at 8 bits, an embedding of its own at 16
-    assert weight_bytes(spec, W4G32, head_bits=8) == held["linear"] - biases + embeddings
+    assert weight_bytes(spec, W4G32, Quantization(8)) == held["linear"] - biases + embeddings
 
 
 def test_the_cache_is_what_its_tokens_take() -> None:

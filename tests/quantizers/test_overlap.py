@@ -4,11 +4,10 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 from nybble_models.errors import ModelError
 from nybble_quantizers import overlap
-from nybble_quantizers.calibrate import Calibration, refuse_overlap
+from nybble_quantizers.calibrate import refuse_overlap
 
 RNG = random.Random(5)
 WORDS = [f"word{number}" for number in range(3000)]
@@ -42,10 +41,12 @@ def test_a_sketch_of_a_long_text_still_finds_a_long_passage() -> None:
 
 
 def test_calibration_on_the_judging_text_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "wiki.test.raw"
-    path.write_text(f"An article. {TWELVE}. The end.")
-    used = Calibration(torch.zeros(1, 1), "calib.txt", tuple(overlap.sketch([TEXT[:8000]])))
-    with pytest.raises(ModelError, match=r"calib\.txt shares 1 passages with wiki\.test\.raw, as 'word"):
-        refuse_overlap(used, path)
-    path.write_text("Nothing in common.")
-    refuse_overlap(used, path)
+    judge, text = tmp_path / "wiki.test.raw", tmp_path / "calib.txt"
+    judge.write_text(f"An article. {TWELVE}. The end.")
+    text.write_text(TEXT)
+    with pytest.raises(
+        ModelError, match=r"calib\.txt and wiki\.test\.raw share 1 runs of ten words"
+    ):
+        refuse_overlap(text, judge)
+    judge.write_text("Nothing in common.")
+    refuse_overlap(text, judge)

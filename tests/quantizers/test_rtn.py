@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble_quantizers import rtn
@@ -82,3 +82,31 @@ def test_smaller_groups_lose_less(size: int) -> None:
 def test_what_no_scale_can_hold_is_refused(value: float) -> None:
     with pytest.raises(ValueError, match="too large"):
         rtn.quantize(torch.tensor([[1.0, value]]), 4, 2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(BITS, SIZES, st.booleans(), st.booleans(), st.integers(0, 99))
+def test_a_searched_grid_is_never_worse(
+    bits: int, size: int, symmetric: bool, shared: bool, seed: int
+) -> None:
+    weight = random(4, 40, seed)
+    plain, searched = (
+        rtn.quantize(weight, bits, size, symmetric, per_tensor=shared, mse=mse, power=2.0)
+        for mse in (False, True)
+    )
+    before, after = (float((made.dequantize() - weight).square().sum()) for made in (plain, searched))
+    assert after <= before * (1 + 1e-5)
+    assert (searched.symmetric, searched.group_size) == (symmetric, size)
+    assert not shared or len(searched.scales.unique()) == 1
+
+
+def test_a_searched_grid_gives_up_one_weight_for_the_others() -> None:
+    weight = random(8, 64, 0)
+    weight[:, 3] = 5
+    plain, searched = (rtn.quantize(weight, 3, 64, mse=mse, power=2.0).dequantize() for mse in (False, True))
+    assert float((searched - weight).square().sum()) < 0.9 * float((plain - weight).square().sum())
+
+
+def test_a_searched_grid_leaves_weights_on_the_grid_alone() -> None:
+    weight = (torch.arange(16.0).repeat(3, 3) - 6) * 0.25
+    assert torch.equal(rtn.quantize(weight, 4, 16, mse=True).dequantize(), weight)

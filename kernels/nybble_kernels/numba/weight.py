@@ -18,7 +18,7 @@ from nybble_kernels.numba.gemv_float import float_name
 from nybble_kernels.numba.layout import ROWS, STREAMS, SUB, TILES, Format, activation_bytes, aligned
 from nybble_kernels.numba.machine import Kernels
 from nybble_kernels.numba.packing import Packed, pack, unpack
-from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
+from nybble_kernels.quantized import QuantizedTensor, Weight, dense, shape_of
 
 
 class HeldWeight(Protocol):
@@ -134,14 +134,14 @@ class FloatWeight:
 
 
 def hold(weight: Weight, arena: Arena) -> QuantizedWeight | FloatWeight:
-    """Pack a weight into the arena."""
+    """Pack a weight into the arena; 8-bit floats as bfloat16, for which there is a product."""
     if isinstance(weight, QuantizedTensor):
         packed = pack(weight)
         return QuantizedWeight(replace(packed, data=arena.hold(packed.data)))
     outputs, inputs = weight.shape
     blocks, size = -(-outputs // ROWS), aligned(2 * ROWS * inputs)
     rows = torch.zeros(blocks * ROWS, inputs, dtype=torch.bfloat16)
-    rows[:outputs] = weight
+    rows[:outputs] = dense(weight, torch.bfloat16)
     columns = rows.view(blocks, ROWS, inputs).transpose(1, 2).flatten(1).view(torch.uint8)
     return FloatWeight(arena.hold(F.pad(columns, (0, size - columns.shape[1]))), outputs, inputs)
 

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble_kernels.activations import Activations
+from nybble_kernels.float8 import Float8Tensor
 from nybble_kernels.quantized import Weight, dense, shape_of
 from nybble_kernels.triton.epilogue import Operand, Output
 from nybble_kernels.triton.linear_f16 import linear_f16
 from nybble_kernels.triton.linear_w4a16 import linear_w4a16
 from nybble_kernels.triton.linear_w8a8 import linear_w8a8
 from nybble_kernels.triton.packing import PackedWeight, UnsupportedLayout, pack
-from nybble_kernels.triton.packing8 import Packed8, pack8
+from nybble_kernels.triton.packing8 import Packed8, pack8, pack_float8, takes_int8
 from nybble_kernels.triton.quantize import QuantizedOperand
 from nybble_kernels.triton.tiles import Cut, Phase, Tile, Tuning, Workspace
 
@@ -49,7 +51,19 @@ class DeviceLinear:
     @property
     def quantizes(self) -> bool:
         """Whether it multiplies inputs of 8 bits."""
-        return isinstance(self.weight, Packed8) and self.weight.values.dtype != torch.uint8
+        return self.input_dtype is not None
+
+    @property
+    def input_dtype(self) -> torch.dtype | None:
+        """Of inputs that are rounded to 8 bits: int8 or float8_e4m3fn."""
+        if not isinstance(self.weight, Packed8) or self.weight.values.dtype == torch.uint8:
+            return None
+        return self.weight.values.dtype
+
+    @property
+    def input_scale(self) -> float | None:
+        """The step of rounded inputs, where calibration fixed one."""
+        return self.weight.input_scale if isinstance(self.weight, Packed8) else None
 
     @property
     def device(self) -> torch.device:
@@ -92,21 +106,28 @@ def make_linear(
     dtype: torch.dtype,
     tuning: Tuning,
     norm: FoldedNorm | None = None,
-    activation_bits: int = 16,
+    inputs: Activations | None = None,
 ) -> DeviceLinear:
-    """Pack a weight on the device where it lies; a layout that no kernel reads is kept as `dtype` values."""
-    outputs, inputs = shape_of(weight)
+    """Pack a weight on the device where it lies; a layout that no kernel reads is kept as `dtype` values.
+
+    `inputs`: to what x is rounded, where there is a product of such factors. Behind a LayerNorm that is x
+    before mean and bias are taken into account, so a static scale, of what comes after, makes way for one a
+    row.
+    """
+    outputs, width = shape_of(weight)
     colsum = None
     if norm is not None:
+        if inputs is not None:
+            inputs = replace(inputs, scale=None)
         values = dense(weight)
         colsum = values @ norm.weight.float()
         if norm.bias is not None:
             shift = values @ norm.bias.float()
             bias = shift if bias is None else bias.float() + shift
-    kind, packed = _pack(weight, dtype, activation_bits)
-    cuts: dict[Phase, Cut] = {p: tuning.cut(kind, outputs, inputs, p) for p in ("decode", "prefill")}
+    kind, packed = _pack(weight, dtype, inputs)
+    cuts: dict[Phase, Cut] = {p: tuning.cut(kind, outputs, width, p) for p in ("decode", "prefill")}
     return DeviceLinear(
-        packed, outputs, inputs, cuts, None if bias is None else bias.float().contiguous(), colsum, kind
+        packed, outputs, width, cuts, None if bias is None else bias.float().contiguous(), colsum, kind
     )
 
 
@@ -118,18 +139,23 @@ def _copied(weight: Packed) -> Packed:
     return replace(weight, **copied)
 
 
-def _pack(weight: Weight, dtype: torch.dtype, activation_bits: int) -> tuple[str, Packed]:
+def _pack(weight: Weight, dtype: torch.dtype, inputs: Activations | None) -> tuple[str, Packed]:
+    """(kind of product, what it reads)."""
     if isinstance(weight, Tensor):
         return "f16", weight.to(dtype).contiguous()
-    if (
-        activation_bits == 8
-        and weight.bits == 8
-        and weight.symmetric
-        and weight.group_size >= weight.in_features
-    ):
-        return "w8a8", pack8(weight)
     try:
+        if isinstance(weight, Float8Tensor):
+            rounds = inputs is not None and inputs.kind == "float" and multiplies_float8(weight.device)
+            scale = inputs.scale if inputs is not None and rounds else None
+            return "fp8", pack_float8(weight, scale, multiplies=rounds)
+        if inputs is not None and inputs.kind == "int" and takes_int8(weight):
+            return "w8a8", pack8(weight, inputs.scale)
         packed = pack(weight)
     except UnsupportedLayout:
         return "f16", weight.dequantize(dtype)
     return f"w{packed.bits}a16", packed
+
+
+def multiplies_float8(device: torch.device) -> bool:
+    """Tensor cores do from sm_89 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nybble_kernels.float8 import Float8Tensor
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_kernels.triton.packing import ROW_TILE, UnsupportedLayout
 
@@ -18,8 +19,9 @@ WIDTH = 128  # inputs are padded to whole multiples
 class Packed8:
     """W[n, k] = scales[n] · values[n, k], on a device.
 
-    values: int8 or float8_e4m3fn [rows, width], or the bits of the latter as uint8 for a GPU that does not
-    multiply them · scales: float32 [rows]. rows and width are padded (to 64 and 128), padding is zero.
+    values: int8 or float8_e4m3fn [rows, width], or the bits of the latter as uint8 where x stays at 16 bits,
+    as it must on a GPU that does not multiply them · scales: float32 [rows]. rows and width are padded (to 64
+    and 128), padding is zero.
     `input_scale`: x is quantized in steps of it; None: by the largest of each row.
     """
 
@@ -34,9 +36,14 @@ class Packed8:
         return self.values.nbytes + self.scales.nbytes
 
 
+def takes_int8(weight: QuantizedTensor) -> bool:
+    """Symmetric 8-bit levels with one scale a row."""
+    return weight.bits == 8 and weight.symmetric and weight.group_size >= weight.in_features
+
+
 def pack8(weight: QuantizedTensor, input_scale: float | None = None) -> Packed8:
-    """Symmetric 8-bit levels with one scale a row; raises `UnsupportedLayout` for any other."""
-    if weight.bits != 8 or not weight.symmetric or weight.group_size < weight.in_features:
+    """What `takes_int8` allows; raises `UnsupportedLayout` for any other."""
+    if not takes_int8(weight):
         raise UnsupportedLayout(f"{weight.describe()}: int8 products take symmetric rows of 8 bits")
     codes = weight.codes
     if weight.permutation is not None:
@@ -45,13 +52,12 @@ def pack8(weight: QuantizedTensor, input_scale: float | None = None) -> Packed8:
 
 
 def pack_float8(
-    values: Tensor, scales: Tensor, input_scale: float | None = None, *, multiplies: bool = True
+    weight: Float8Tensor, input_scale: float | None = None, *, multiplies: bool = True
 ) -> Packed8:
-    """float8_e4m3fn [N, K] with float scales [N] or []; `multiplies`: whether the GPU takes such factors."""
-    if values.dtype != torch.float8_e4m3fn:
-        raise UnsupportedLayout(f"{values.dtype}: of the 8-bit floats only float8_e4m3fn is read")
-    scales = scales.float().reshape(-1).expand(len(values))
-    packed = _padded(values.view(torch.int8), scales, input_scale)
+    """8-bit floats with one scale a row; `multiplies`: whether x is rounded to such factors too."""
+    if not weight.by_row:
+        raise UnsupportedLayout(f"{weight.describe()}: float8 products take one scale a row")
+    packed = _padded(weight.values.view(torch.int8), weight.scales[:, 0], input_scale)
     held = torch.float8_e4m3fn if multiplies else torch.uint8
     return replace(packed, values=packed.values.view(held))
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble_kernels.quantized import QuantizedTensor
+from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_models.errors import BrokenCheckpoint
-from nybble_models.formats.codec import form_of, needs_floats
+from nybble_models.formats.codec import form_of, levels_of, needs_floats
 from nybble_models.formats.form import Form, rule
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -28,6 +28,9 @@ class AwqCodec:
     method = "awq"
     names = ("qweight", "qzeros", "scales")
     optional = ()
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        return True
 
     def decode(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedTensor:
         bits = settings.get("bits", settings.get("w_bit", BITS))
@@ -56,7 +59,8 @@ class AwqCodec:
             zeros=None if symmetric else zeros.T.contiguous(),
         )
 
-    def encode(self, weight: QuantizedTensor) -> dict[str, Tensor]:
+    def encode(self, weight: Weight) -> dict[str, Tensor]:
+        weight = levels_of(weight)
         reason = self.fits(weight.shape, form_of(weight))
         if reason or weight.minimums is not None or weight.permutation is not None:
             raise ValueError(reason or "AWQ holds integer zero points in input order only")

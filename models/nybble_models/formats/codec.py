@@ -1,4 +1,4 @@
-"""What an on-disk format is: two pure functions between stored tensors and a QuantizedTensor."""
+"""What an on-disk format is: two pure functions between stored tensors and a quantized weight."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nybble_kernels.quantized import QuantizedTensor
+from nybble_kernels.float8 import Float8Tensor
+from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_models.formats.form import CHANNEL, TENSOR, Form
 
 
@@ -29,11 +30,17 @@ class Codec(Protocol):
         """Tensors that may be there too."""
         ...
 
-    def decode(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedTensor:
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        """Whether a linear of these settings is of this format: names alone may not tell."""
+        ...
+
+    def decode(
+        self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+    ) -> QuantizedTensor | Float8Tensor:
         """Raises `BrokenCheckpoint` when shapes or settings contradict each other."""
         ...
 
-    def encode(self, weight: QuantizedTensor) -> dict[str, Tensor]:
+    def encode(self, weight: Weight) -> dict[str, Tensor]:
         """Raises `ValueError` when the format cannot hold the weight (see `fits`)."""
         ...
 
@@ -50,6 +57,13 @@ def form_of(weight: QuantizedTensor) -> Form:
     """What a weight is, apart from its numbers."""
     group = weight.group_size if weight.group_size < weight.in_features else CHANNEL
     return Form(weight.bits, group, weight.symmetric)
+
+
+def levels_of(weight: Weight) -> QuantizedTensor:
+    """The same, for a format that holds nothing else. Raises `ValueError`."""
+    if not isinstance(weight, QuantizedTensor):
+        raise ValueError("the format holds integer levels, not floats")
+    return weight
 
 
 def needs_floats(form: Form) -> str | None:

@@ -1,12 +1,13 @@
-"""compressed-tensors (llm-compressor's and vLLM's files): levels packed into int32, or plain int8.
+"""compressed-tensors (llm-compressor's and vLLM's files): levels packed into int32, plain int8, 8-bit floats.
 
     pack-quantized  weight_packed int32 [N, ceil(K·b/32)] · weight_scale [N, G] · weight_shape int64 (N, K)
                     asymmetric: weight_zero_point int32 [ceil(N·b/32), G], packed along the outputs
     int-quantized   weight int8 [N, K] · weight_scale [N, G] · asymmetric: weight_zero_point int8 [N, G]
+    float-quantized weight float8_e4m3fn [N, K] · weight_scale [N, 1], or [N / 128, K / 128] of blocks
 
-Values are signed. Packed ones are stored as `q + 2**(b-1)`, levels of a `bitstream`; int8 ones as they are.
+Values are signed. Packed ones are stored as `q + 2**(b-1)`, levels of a `bitstream`; others as they are.
 So weight_packed is GPTQ's qweight transposed. G is 1 for a scale a row; a scale of one element is the whole
-tensor's. Activations of int-quantized files (W8A8) are not rounded here: the same weights, finer inputs.
+tensor's. Where inputs have one scale for all, it is `input_scale` [1] (see `config_groups`).
 """
 
 from __future__ import annotations
@@ -17,19 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble_kernels.quantized import QuantizedTensor
+from nybble_kernels.float8 import Float8Tensor
+from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_models.errors import BrokenCheckpoint
 from nybble_models.formats import act_order, bitstream
-from nybble_models.formats.form import CHANNEL, TENSOR, Form, rule
+from nybble_models.formats.codec import levels_of
+from nybble_models.formats.config_groups import METHOD, format_of, settings_of
+from nybble_models.formats.form import Form
 
 WIDTHS = range(2, 9)
+NOT_A_NUMBER = 0x7F  # of E4M3FN, with either sign
 
 Settings = Mapping[str, Any]
 
 
 class _CompressedTensors:
-    method = "compressed-tensors"
+    method = METHOD
     format: str
+    kind = "int"
+
+    def reads(self, settings: Settings) -> bool:
+        return bool((settings.get("weights") or {}).get("type", "int") == self.kind)
 
     def fits(self, shape: tuple[int, int], form: Form) -> str | None:
         group = form.group(shape[1])
@@ -39,7 +48,9 @@ class _CompressedTensors:
             return f"{form.label} is stored as {format_of(form)}, not {self.format}"
         return None
 
-    def _check(self, weight: QuantizedTensor) -> None:
+    def _levels(self, weight: Weight) -> QuantizedTensor:
+        """Raises `ValueError` unless it is a weight of levels that these formats can say."""
+        weight = levels_of(weight)
         reason = None
         if weight.in_features % weight.group_size:
             reason = f"{weight.in_features} inputs are not a multiple of the group size {weight.group_size}"
@@ -49,61 +60,10 @@ class _CompressedTensors:
             reason = "compressed-tensors holds weights in input order only"
         if reason:
             raise ValueError(reason)
+        return weight
 
     def settings(self, forms: Mapping[str, Form | None]) -> dict[str, Any]:
         return settings_of(forms)
-
-
-def format_of(form: Form) -> str:
-    """Which of the formats holds it."""
-    if form.kind == "float":
-        return "float-quantized"
-    return "pack-quantized" if form.inputs is None else "int-quantized"
-
-
-def settings_of(forms: Mapping[str, Form | None]) -> dict[str, Any]:
-    """The form that most linears have is that of every `Linear`; others are listed by name."""
-    common = rule(forms.values())
-    others = dict.fromkeys(form for form in forms.values() if form not in (None, common))
-    groups = {"group_0": _group(common, ["Linear"])}
-    for number, form in enumerate(others, start=1):
-        groups[f"group_{number}"] = _group(form, [name for name, found in forms.items() if found == form])
-    formats = {group["format"] for group in groups.values()}
-    left = [name for name, form in forms.items() if form is None]
-    return {
-        "quant_method": _CompressedTensors.method,
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-        "quantization_status": "compressed",
-        "ignore": left if "lm_head" in forms else ["lm_head", *left],
-        "kv_cache_scheme": None,
-        "config_groups": groups,
-    }
-
-
-def _group(form: Form, targets: list[str]) -> dict[str, Any]:
-    strategy = {CHANNEL: "channel", TENSOR: "tensor"}.get(form.group_size, "group")
-    weights = {
-        "num_bits": form.bits,
-        "type": form.kind,
-        "symmetric": form.symmetric,
-        "strategy": strategy,
-        "group_size": form.group_size if form.group_size > 0 else None,
-        "dynamic": False,
-    }
-    inputs = form.inputs and {
-        "num_bits": 8,
-        "type": form.kind,
-        "symmetric": True,
-        "strategy": form.inputs,
-        "dynamic": form.inputs == "token",
-    }
-    return {
-        "targets": targets,
-        "weights": weights,
-        "input_activations": inputs,
-        "output_activations": None,
-        "format": format_of(form),
-    }
 
 
 class PackQuantizedCodec(_CompressedTensors):
@@ -111,7 +71,7 @@ class PackQuantizedCodec(_CompressedTensors):
 
     format = "pack-quantized"
     names = ("weight_packed", "weight_scale", "weight_shape")
-    optional = ("weight_zero_point", "weight_g_idx")
+    optional = ("weight_zero_point", "weight_g_idx", "input_scale")
 
     def decode(self, tensors: Mapping[str, Tensor], settings: Settings) -> QuantizedTensor:
         bits, symmetric = _weights(settings)
@@ -134,8 +94,8 @@ class PackQuantizedCodec(_CompressedTensors):
         order = tensors.get("weight_g_idx")
         return weight if order is None or int(order.min()) < 0 else act_order.in_groups(weight, order)
 
-    def encode(self, weight: QuantizedTensor) -> dict[str, Tensor]:
-        self._check(weight)
+    def encode(self, weight: Weight) -> dict[str, Tensor]:
+        weight = self._levels(weight)
         stored = {
             "weight_packed": bitstream.pack(weight.codes, weight.bits),
             "weight_scale": _exact(weight.scales),
@@ -147,11 +107,11 @@ class PackQuantizedCodec(_CompressedTensors):
 
 
 class IntQuantizedCodec(_CompressedTensors):
-    """Weights as int8, for activations rounded to 8 bits token by token where an engine can (W8A8)."""
+    """Weights as int8, for inputs rounded to 8 bits (W8A8)."""
 
     format = "int-quantized"
     names = ("weight_scale", "weight")
-    optional = ("weight_zero_point",)
+    optional = ("weight_zero_point", "input_scale")
 
     def decode(self, tensors: Mapping[str, Tensor], settings: Settings) -> QuantizedTensor:
         bits, symmetric = _weights(settings)
@@ -160,7 +120,7 @@ class IntQuantizedCodec(_CompressedTensors):
         if values.dtype != torch.int8 or values.dim() != 2:
             raise BrokenCheckpoint(
                 f"weight is {values.dtype} {list(values.shape)}, not an int8 matrix",
-                hint="pack-quantized and int-quantized checkpoints are supported",
+                hint="is quantization_config of another model?",
             )
         if int(values.min()) < -half or int(values.max()) >= half:
             raise BrokenCheckpoint(
@@ -173,8 +133,8 @@ class IntQuantizedCodec(_CompressedTensors):
             _levels(values, bits), scales, bits, group, _zeros(zero, scales, bits, symmetric)
         )
 
-    def encode(self, weight: QuantizedTensor) -> dict[str, Tensor]:
-        self._check(weight)
+    def encode(self, weight: Weight) -> dict[str, Tensor]:
+        weight = self._levels(weight)
         stored = {
             "weight": _signed(weight.codes, weight.bits),
             "weight_scale": _exact(weight.scales),
@@ -184,19 +144,83 @@ class IntQuantizedCodec(_CompressedTensors):
         return stored
 
 
-def _weights(settings: Settings) -> tuple[int, bool]:
-    """(bits, symmetric) of the group of `config_groups` that the linear belongs to."""
+class FloatQuantizedCodec(_CompressedTensors):
+    """Weights as E4M3, for inputs rounded to the same (FP8_DYNAMIC, FP8, FP8_BLOCK) or left alone."""
+
+    format = "float-quantized"
+    kind = "float"
+    names = ("weight_scale", "weight")
+    optional = ("input_scale",)
+
+    def fits(self, shape: tuple[int, int], form: Form) -> str | None:
+        if form.kind == "float" and form.group_size > 0:
+            return "8-bit floats have one scale a row, or one for the whole matrix"
+        return super().fits(shape, form)
+
+    def decode(self, tensors: Mapping[str, Tensor], settings: Settings) -> Float8Tensor:
+        _refuse_rotations(settings)
+        scale, values = (tensors[name] for name in self.names)
+        if values.dtype != torch.float8_e4m3fn or values.dim() != 2:
+            raise BrokenCheckpoint(
+                f"weight is {values.dtype} {list(values.shape)}, not a float8_e4m3fn matrix",
+                hint="is quantization_config of another model?",
+            )
+        if bool((values.view(torch.uint8) & 0x7F == NOT_A_NUMBER).any()):
+            raise BrokenCheckpoint("weight holds NaN", hint="quantize the model again")
+        outputs, inputs = values.shape
+        block = _block(settings)
+        if block is None:
+            scales, size = _scales(scale, outputs, inputs, settings)
+            return Float8Tensor(values, scales, size)
+        expected = [-(-outputs // block[0]), -(-inputs // block[1])]
+        if list(scale.shape) != expected:
+            raise BrokenCheckpoint(
+                f"weight_scale {list(scale.shape)} does not fit [{outputs}, {inputs}] in blocks of {block}",
+                hint="is quantization_config of another model?",
+            )
+        rows = scale.float().repeat_interleave(block[0], dim=0)[:outputs]
+        return Float8Tensor(values, rows.contiguous(), block[1])
+
+    def encode(self, weight: Weight) -> dict[str, Tensor]:
+        if not isinstance(weight, Float8Tensor) or not weight.by_row:
+            raise ValueError(f"{self.format} holds 8-bit floats with one scale a row")
+        return {"weight": weight.values.contiguous(), "weight_scale": _exact(weight.scales)}
+
+
+def _block(settings: Settings) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, where the settings say so: [128, 128], or "128x128"."""
+    weights = settings.get("weights") or {}
+    if weights.get("strategy") != "block":
+        return None
+    found = weights.get("block_structure")
+    try:
+        rows, columns = (int(size) for size in (found.split("x") if isinstance(found, str) else found or ()))
+    except (TypeError, ValueError):
+        rows = columns = 0
+    if min(rows, columns) < 1:
+        raise BrokenCheckpoint(
+            f"block_structure {found!r} is not two sizes", hint="mend config.json, or download it again"
+        )
+    return rows, columns
+
+
+def _refuse_rotations(settings: Settings) -> None:
     if (settings.get("transform_config") or {}).get("config_groups"):
         raise BrokenCheckpoint(
             "compressed-tensors with a transform_config (rotated activations) is not supported",
             hint="checkpoints without rotations are",
         )
+
+
+def _weights(settings: Settings) -> tuple[int, bool]:
+    """(bits, symmetric) of the group of `config_groups` that the linear belongs to."""
+    _refuse_rotations(settings)
     weights = settings.get("weights") or {}
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
     if not isinstance(bits, int) or bits not in WIDTHS or kind != "int":
         raise BrokenCheckpoint(
             f"compressed-tensors weights with num_bits={bits}, type={kind!r} are not supported",
-            hint="integers of 2 to 8 bits are",
+            hint="integers of 2 to 8 bits are, and floats of 8",
         )
     return bits, bool(weights.get("symmetric", True))
 

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from nybble_models.errors import ModelError
 from nybble_models.formats.awq import AwqCodec
 from nybble_models.formats.codec import Codec
-from nybble_models.formats.compressed_tensors import IntQuantizedCodec, PackQuantizedCodec, format_of
-from nybble_models.formats.form import Form
+from nybble_models.formats.compressed_tensors import (
+    FloatQuantizedCodec,
+    IntQuantizedCodec,
+    PackQuantizedCodec,
+)
+from nybble_models.formats.config_groups import format_of
+from nybble_models.formats.form import TENSOR, Form
 from nybble_models.formats.gptq import GptqCodec
+from nybble_models.weights import Linear
+
+WHOLE = ("weight_scale", "weight_zero_point")
+"""Stored once where they are those of a whole matrix."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +36,20 @@ class Container:
         """Why a linear cannot be stored, or None."""
         return self.codec(form).fits(shape, form)
 
+    def encode(self, linear: Linear, form: Form) -> dict[str, Tensor]:
+        """What a quantized linear is stored as, bias aside: by local name."""
+        stored = self.codec(form).encode(linear.weight)
+        if form.group_size == TENSOR:
+            one = {name: stored[name].flatten()[:1] for name in WHOLE if name in stored}
+            stored |= {name: tensor.clone() for name, tensor in one.items()}
+        if linear.inputs is not None and linear.inputs.scale is not None:
+            stored["input_scale"] = torch.tensor([linear.inputs.scale])
+        return stored
+
 
 _AWQ, _V1, _V2, _ACT_ORDER = AwqCodec(), GptqCodec(), GptqCodec(version=2), GptqCodec(act_order=True)
 _COMPRESSED: Mapping[str, Codec] = {
-    codec.format: codec for codec in (PackQuantizedCodec(), IntQuantizedCodec())
+    codec.format: codec for codec in (PackQuantizedCodec(), IntQuantizedCodec(), FloatQuantizedCodec())
 }
 
 CONTAINERS: Mapping[str, Container] = {

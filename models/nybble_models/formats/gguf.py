@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -154,21 +155,34 @@ class Gguf:
         """float32, dequantized. Raises `BrokenCheckpoint` when the tensor is not there."""
         return self._in_rotary_order(name, self._dense(self._stored_name(name)))
 
-    def weight(self, name: str) -> QuantizedTensor:
-        """The stored levels themselves, of a Q4_0, Q4_1 or Q8_0 matrix (see `quantized`)."""
+    def levels(self, name: str) -> QuantizedTensor | None:
+        """The stored levels themselves, of a Q4_0, Q4_1 or Q8_0 matrix; None for any other type.
+
+        Raises `BrokenCheckpoint` when the tensor is not there, or a scale is no number.
+        """
         info = self._infos[self._stored_name(name)]
         if info.kind not in DECODERS or len(info.shape) != 2:
-            raise UnsupportedModel(
-                f"{self.path}: {name} is {info.kind.name} {list(info.shape)}, not a 4- or 8-bit matrix",
-                hint="Q4_0, Q4_1 and Q8_0 matrices have exact levels; read others as float",
-            )
+            return None
         raw = torch.from_numpy(self._raw(info)).view(info.shape[0], info.shape[1] // BLOCK, -1)
-        return _reordered(DECODERS[info.kind](raw), self._row_order(name, info.shape[0]))
+        weight = DECODERS[info.kind](raw)
+        if not all(bool(t.isfinite().all()) for t in (weight.scales, weight.offsets())):
+            raise BrokenCheckpoint(
+                f"{self.path}: {name} has a scale of NaN or infinity", hint="convert the model to GGUF again"
+            )
+        order = self._row_order(name, info.shape[0])
+        return weight if order is None else weight.select(order)
 
-    def quantized(self, name: str) -> bool:
-        """Whether `weight` can give this tensor exactly."""
-        info = self._infos.get(self._stored.get(name, ""))
-        return info is not None and info.kind in DECODERS and len(info.shape) == 2
+    def kinds(self) -> tuple[Counter[Kind], Counter[Kind]]:
+        """How many matrices there are of each type that `levels` reads, and of each that it does not."""
+        matrices = Counter(info.kind for info in self._infos.values() if len(info.shape) == 2)
+        return (
+            Counter({kind: count for kind, count in matrices.items() if kind in DECODERS}),
+            Counter({kind: count for kind, count in matrices.items() if kind not in DECODERS}),
+        )
+
+    def kind(self, name: str) -> Kind:
+        """The type that a tensor is stored as. Raises `BrokenCheckpoint` when it is not there."""
+        return self._infos[self._stored_name(name)].kind
 
     def _stored_name(self, name: str) -> str:
         stored = self._stored.get(name)
@@ -254,12 +268,3 @@ def _nibbles(packed: Tensor) -> Tensor:
 def _halves(raw: Tensor, start: int) -> Tensor:
     """The float16 at byte `start` of each block, as float32."""
     return raw[..., start : start + 2].contiguous().view(torch.float16).float().squeeze(-1)
-
-
-def _reordered(weight: QuantizedTensor, order: Tensor | None) -> QuantizedTensor:
-    if order is None:
-        return weight
-    minimums = None if weight.minimums is None else weight.minimums[order]
-    return QuantizedTensor(
-        weight.codes[order], weight.scales[order], weight.bits, weight.group_size, minimums=minimums
-    )

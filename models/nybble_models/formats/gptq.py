@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nybble_kernels.quantized import QuantizedTensor
+from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_models.errors import BrokenCheckpoint
 from nybble_models.formats import act_order, bitstream
-from nybble_models.formats.codec import form_of, needs_floats
+from nybble_models.formats.codec import form_of, levels_of, needs_floats
 from nybble_models.formats.form import Form, rule
 
 WIDTHS = (2, 3, 4, 8)
@@ -43,6 +43,9 @@ class GptqCodec:
     method = "gptq"
     names = ("qweight", "qzeros", "scales")
     optional = ("g_idx",)
+
+    def reads(self, settings: Mapping[str, Any]) -> bool:
+        return True
 
     def decode(self, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> QuantizedTensor:
         bits = _bits(settings)
@@ -71,7 +74,8 @@ class GptqCodec:
         )
         return act_order.in_groups(weight, tensors["g_idx"]) if "g_idx" in tensors else weight
 
-    def encode(self, weight: QuantizedTensor) -> dict[str, Tensor]:
+    def encode(self, weight: Weight) -> dict[str, Tensor]:
+        weight = levels_of(weight)
         reason = self.fits(weight.shape, form_of(weight)) or self._cannot_say(weight)
         if reason:
             raise ValueError(reason)

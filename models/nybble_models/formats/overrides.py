@@ -57,13 +57,13 @@ class Summary:
     input_bits: int | None = None  # of the inputs, where they are to be quantized too
 
 
-def summary(settings: Settings) -> Summary:
-    """AWQ, GPTQ and compressed-tensors each spell these in their own way."""
+def summary(settings: Settings, name: str = "") -> Summary:
+    """AWQ, GPTQ and compressed-tensors each spell these in their own way. With a name, of that linear."""
+    rule = for_linear(settings, name) if name or "config_groups" in settings else settings
     if "config_groups" in settings:
-        rule = for_linear(settings, "")
         weights, inputs = rule.get("weights") or {}, rule.get("input_activations") or {}
         kind = weights.get("num_bits"), weights.get("group_size"), weights.get("symmetric", True)
         return Summary(*kind, inputs.get("num_bits"))
-    group = settings.get("group_size")
-    symmetric = not settings["zero_point"] if "zero_point" in settings else settings.get("sym")
-    return Summary(settings.get("bits"), group if group and group > 0 else None, symmetric)
+    group = rule.get("group_size")
+    symmetric = not rule["zero_point"] if "zero_point" in rule else rule.get("sym")
+    return Summary(rule.get("bits"), group if group and group > 0 else None, symmetric)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,7 +18,13 @@ from nybble.terminal import size
 if TYPE_CHECKING:
     from nybble_quantizers.report import QuantizeProgress, QuantReport
 
-STAGES = {"calibrate": "calibrating", "quantize": "quantizing", "write": "writing"}
+STAGES = {
+    "calibrate": "calibrating",
+    "choose": "choosing bits",
+    "quantize": "quantizing",
+    "write": "writing",
+}
+UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 def quantize(
@@ -28,10 +36,33 @@ def quantize(
         Literal["awq", "gptq", "awq+gptq", "rtn"], Parameter(help="how to choose the codes")
     ] = "awq",
     bits: Annotated[int, Parameter(help="bits per weight")] = 4,
-    group_size: Annotated[int, Parameter(help="weights that share a scale; -1: a whole row")] = 64,
+    group_size: Annotated[
+        int, Parameter(help="weights that share a scale; -1: a whole row, 0 (rtn only): the whole matrix")
+    ] = 64,
     symmetric: Annotated[bool, Parameter(help="leave out zero points", negative="--asymmetric")] = False,
+    format: Annotated[
+        Literal["auto", "awq", "gptq", "gptq_v2", "compressed-tensors"],
+        Parameter(help="of the output; auto: awq if it can hold the result, else compressed-tensors"),
+    ] = "auto",
+    override: Annotated[
+        tuple[str, ...],
+        Parameter(help="other bits for some linears, as *.down_proj=8 or *.o_proj=4g32 or *=16", negative=()),
+    ] = (),
+    target_bits: Annotated[
+        float | None, Parameter(help="choose 3, 4, 8 or 16 bits for each linear, so many on average")
+    ] = None,
+    target_size: Annotated[
+        str | None, Parameter(help="the same for a size of the weights, as 80MB or 1.2GB")
+    ] = None,
+    embeddings: Annotated[
+        bool, Parameter(help="round the embedding and the head too, to 8 bits or as the target says")
+    ] = False,
     calibration: Annotated[
-        str | None, Parameter(help=".txt or .jsonl; else text of the model itself")
+        str | None,
+        Parameter(help=".txt, .jsonl or hf:owner/data-set/file.jsonl; else text of the model itself"),
+    ] = None,
+    evaluation: Annotated[
+        Path | None, Parameter(help="text that will judge the result: no calibration text may quote it")
     ] = None,
     samples: Annotated[int, Parameter(help="windows of text to calibrate on")] = 16,
     length: Annotated[int, Parameter(help="tokens in a window")] = 256,
@@ -41,7 +72,7 @@ def quantize(
     seed: Annotated[int, Parameter(help="same seed, same bytes")] = 0,
     cache_dir: Annotated[str, Parameter(help="where fetched models are kept (default ~/.cache/nybble)")] = "",
 ) -> None:
-    """Write a quantized copy of a model."""
+    """Write a quantized copy of a model. The same command after a crash goes on where it stood."""
     if output.exists():
         raise UsageError(f"{output}: exists already", hint="name another folder with -o, or remove it")
     log.configure("warning")
@@ -57,24 +88,65 @@ def quantize(
         samples=samples,
         length=length,
         skip=skip,
+        format=format,
+        overrides=override,
+        target_bits=target_bits,
+        target_bytes=None if target_size is None else in_bytes(target_size),
+        ends=embeddings,
     )
     with display() as shown:
         local = fetch(
             source, ServeConfig(cache_dir=cache_dir).cache_path, lambda text: shown.update(text, 0.0)
         )
-        report = write(local, output, scheme, calibration=calibration, seed=seed, progress=Steps(shown))
+        told = Steps(shown)
+        report = write(
+            local, output, scheme, calibration=calibration, evaluation=evaluation, seed=seed, progress=told
+        )
         shown.close()
     print(summary(output, report))
 
 
+def in_bytes(text: str) -> int:
+    """ "80MB", "1.2 GiB", "5e6" -> bytes."""
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*(|[kmg]i?)b?\s*", text.lower())
+    try:
+        return int(float(found[1]) * UNITS[found[2]]) if found else _no_size(text)
+    except ValueError:
+        return _no_size(text)
+
+
+def _no_size(text: str) -> int:
+    raise UsageError(f"{text!r} is not a size", hint="as 80MB, 1.2GB or 8GiB")
+
+
 class Steps:
-    """Turns the pipeline's progress into phases and fractions."""
+    """Turns the pipeline's progress into phases and fractions, and says how each block went."""
 
     def __init__(self, shown: Display) -> None:
         self._shown = shown
+        self._since = time.monotonic()
 
     def __call__(self, event: QuantizeProgress) -> None:
+        now = time.monotonic()
+        if event.layers:
+            self._shown.note(block_line(event, now - self._since))
+        self._since = now
         self._shown.update(STAGES[event.stage], event.done / max(event.total, 1))
+
+
+def block_line(event: QuantizeProgress, seconds: float) -> str:
+    """ "block 3/30  q 24.1  k 25.0 ... dB  2.1 s, 57 s left": the signal over noise of each output.
+
+    Without calibration text there are no outputs: then the relative error of each weight.
+    """
+    heard = all(row.output_sqnr_db is not None for row in event.layers)
+    errors = "  ".join(
+        f"{row.name.rsplit('.', 1)[-1].removesuffix('_proj')} "
+        + (f"{row.output_sqnr_db:.1f}" if heard else f"{100 * row.weight_error:.1f}")
+        for row in event.layers
+    )
+    left = "" if event.seconds_left is None else f", about {event.seconds_left:.0f} s left"
+    return f"block {event.done}/{event.total}  {errors} {'dB' if heard else '%'}  {seconds:.1f} s{left}"
 
 
 def summary(output: Path, report: QuantReport) -> str:

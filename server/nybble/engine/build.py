@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -14,29 +15,27 @@ from nybble.engine import cpu
 from nybble.engine.built import Built, Timer
 from nybble.engine.engine import Engine
 from nybble.engine.protocol import Progress
+from nybble.engine.runner import Runner
 from nybble.engine.stats import EngineInfo
 from nybble.errors import UsageError
 from nybble.prepare import prepare
 from nybble_models import paged
-from nybble_models.checkpoint import Checkpoint, read_json
-from nybble_models.formats.overrides import summary
+from nybble_models.checkpoint import read_json
+from nybble_models.footprint import linear_held_as, tables_held_as
+from nybble_models.formats.gguf import Gguf
+from nybble_models.hub import open_source
 from nybble_models.loader import Loader
-from nybble_models.plan import MemoryPlan, Quantization, plan
+from nybble_models.plan import MemoryPlan, plan
 
 log = logging.getLogger("nybble.engine")
 
 
 def build_engine(config: ServeConfig, progress: Progress) -> Engine:
     """Raises `UsageError`, `ModelError` or `MemoryError` with a line for the user."""
-    device = device_of(config)
-    timer = Timer(progress)
-    directory = timer("prepare", lambda: prepare(config, progress))
-    loader = Loader(Checkpoint(directory))
-    planned = _plan(config, loader, device)
-    built: Built = device.build(config, loader, planned, timer)
+    info, runner = build_runner(config, progress)
     engine = Engine(
-        describe(config, directory, loader, built, planned, timer),
-        built.runner,
+        info,
+        runner,
         max_sequences=config.max_num_seqs,
         max_tokens=config.max_num_batched_tokens,
         max_queue=config.max_queue,
@@ -44,6 +43,18 @@ def build_engine(config: ServeConfig, progress: Progress) -> Engine:
     )
     engine.start()
     return engine
+
+
+def build_runner(config: ServeConfig, progress: Progress) -> tuple[EngineInfo, Runner]:
+    """What an engine drives, and what there is to say about it. Raises as `build_engine` does."""
+    device = device_of(config)
+    timer = Timer(progress)
+    source, directory = timer("prepare", lambda: prepare(config, progress))
+    loader = Loader(open_source(source))
+    tell_types(loader)
+    planned = _plan(config, loader, device)
+    built: Built = device.build(config, loader, planned, timer)
+    return describe(config, directory, loader, built, planned, timer), built.runner
 
 
 def usable_gpu() -> bool:
@@ -85,12 +96,7 @@ def device_of(config: ServeConfig) -> ModuleType:
 
 
 def _plan(config: ServeConfig, loader: Loader, device: ModuleType) -> MemoryPlan:
-    settings = loader.settings
-    linears = Quantization()
-    if settings:
-        rule = summary(settings)
-        bits = 4 if (rule.bits or 4) <= 4 else 8  # what kernels store
-        linears = Quantization(bits, rule.group_size or 0, 16 + bits)
+    head, embedding = tables_held_as(loader, config.head_bits)
     limit = loader.spec.max_positions
     if config.max_model_len > limit:
         raise UsageError(
@@ -105,8 +111,9 @@ def _plan(config: ServeConfig, loader: Loader, device: ModuleType) -> MemoryPlan
     try:
         return plan(
             loader.spec,
-            linears,
-            head_bits=config.head_bits,
+            partial(linear_held_as, loader),
+            head=head,
+            embedding=embedding,
             max_model_len=config.max_model_len,
             kv_tokens=config.kv_cache_tokens,
             block_size=config.block_size,
@@ -119,6 +126,17 @@ def _plan(config: ServeConfig, loader: Loader, device: ModuleType) -> MemoryPlan
             f"{error}; {memory:,} are free",
             hint="lower --max-model-len, serve a smaller model, or free memory",
         ) from None
+
+
+def tell_types(loader: Loader) -> None:
+    """Which matrices of a GGUF file keep their levels, and which are read as floats."""
+    if not isinstance(loader.source, Gguf):
+        return
+    exact, floats = (
+        ", ".join(f"{count} {kind.name}" for kind, count in kinds.most_common()) or "none"
+        for kinds in loader.source.kinds()
+    )
+    log.info("%s: matrices served as stored: %s; as floats: %s", loader.source.path.name, exact, floats)
 
 
 def describe(

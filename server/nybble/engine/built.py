@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from nybble.engine.protocol import Progress
 from nybble.engine.runner import Runner
+from nybble_kernels.float8 import Float8Tensor
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.loader import Loader
 from nybble_models.weights import Block
@@ -51,12 +52,18 @@ class Built:
 
 
 def scheme_name(blocks: Iterable[Block], loader: Loader) -> str:
-    """ "awq int4 g64 asymmetric", from the first quantized linear; "none" where there is none."""
+    """ "awq int4 g64 asymmetric", from the first quantized linear; "none" where there is none.
+
+    A row with one scale is one group, also of 8-bit floats: "compressed-tensors fp8 g576". Levels that no
+    codec read are a GGUF file's own.
+    """
     for block in blocks:
         for linear in block.linears.values():
-            if isinstance(linear.weight, QuantizedTensor):
-                w = linear.weight
+            w, method = linear.weight, loader.settings.get("quant_method", "gguf")
+            if isinstance(w, Float8Tensor):
+                return f"{method} fp8 g{w.group_size}"
+            if isinstance(w, QuantizedTensor):
                 kind = "symmetric" if w.symmetric else "asymmetric"
                 order = "" if w.permutation is None else " act-order"
-                return f"{loader.settings.get('quant_method')} int{w.bits} g{w.group_size} {kind}{order}"
+                return f"{method} int{w.bits} g{w.group_size} {kind}{order}"
     return "none"

@@ -63,7 +63,7 @@ def head_of(weights: Weights, config: ServeConfig) -> Weight:
     """The output matrix as kept: int8 in groups of 32 (PyTorch's op takes whole rows), or as stored."""
     bits = config.head_bits
     stored = weights.embed if weights.head is None else weights.head.weight
-    if bits == 16 or isinstance(stored, QuantizedTensor):
+    if bits == 16 or not isinstance(stored, torch.Tensor):
         return stored
     if bits != 8:
         raise UsageError(

@@ -14,12 +14,11 @@ from nybble.engine.bandwidth import available_memory
 from nybble.engine.built import Built, Timer, scheme_name
 from nybble.engine.gpu_runner import GpuRunner
 from nybble.errors import UsageError
-from nybble_kernels.quantized import QuantizedTensor, Weight
+from nybble_kernels.quantized import Weight
 from nybble_kernels.torch_cpu import quantize_rows
 from nybble_kernels.triton.common import INTERPRETED
 from nybble_kernels.triton.tiles import Tuning
 from nybble_models import paged
-from nybble_models.formats.overrides import summary
 from nybble_models.loader import Loader
 from nybble_models.plan import MemoryPlan
 from nybble_models.triton_memory import Cache, Sizes
@@ -109,8 +108,7 @@ def settings_of(config: ServeConfig, loader: Loader) -> Settings:
     if device.type == "cuda" and config.kv_cache_dtype == "fp8" and capability < (8, 9):
         raise UsageError("kv_cache_dtype: this GPU has no 8-bit floats", hint="int8 is as small")
     tuning = Tuning.of_device(device, tuned_folder(config))
-    bits = 8 if loader.settings and summary(loader.settings).input_bits == 8 else 16
-    return Settings(device, TYPES[chosen], tuning, bits, pdl=capability >= (9, 0))
+    return Settings(device, TYPES[chosen], tuning, pdl=capability >= (9, 0))
 
 
 def tuned_folder(config: ServeConfig) -> Path:
@@ -121,7 +119,7 @@ def tuned_folder(config: ServeConfig) -> Path:
 def head_of(weights: Weights, config: ServeConfig) -> Weight:
     """The output matrix as kept: int8 in the widest groups that divide it, or as stored."""
     stored = weights.embed if weights.head is None else weights.head.weight
-    if config.head_bits == 16 or isinstance(stored, QuantizedTensor):
+    if config.head_bits == 16 or not isinstance(stored, torch.Tensor):
         return stored
     if config.head_bits != 8:
         raise UsageError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nybble_kernels import reference
+from nybble_kernels.float8 import Float8Tensor
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_kernels.triton.epilogue import Activate, Operand, Output, Residual, Store
 from nybble_kernels.triton.linear_w8a8 import linear_w8a8
@@ -40,7 +41,7 @@ def float8(n: int, k: int, *, multiplies: bool = True, scale: float | None = Non
     generator = torch.Generator().manual_seed(1)
     values = (60 * torch.randn(n, k, generator=generator)).clamp(-448, 448).to(torch.float8_e4m3fn)
     scales = (torch.rand(n, generator=generator) + 0.5) / 60 / k**0.5
-    return pack_float8(values, scales, scale, multiplies=multiplies)
+    return pack_float8(Float8Tensor(values, scales[:, None], k), scale, multiplies=multiplies)
 
 
 def plain(packed: Packed8) -> tuple[Tensor, Tensor]:

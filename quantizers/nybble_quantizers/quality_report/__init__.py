@@ -1,0 +1,1 @@
+"""What `quant_report.json` says, for people: records, plots, and a page of several checkpoints."""

@@ -1,0 +1,46 @@
+"""Which other programs read a checkpoint's format."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from nybble_models.formats.overrides import summary
+from nybble_quantizers.quality_report.record import Record
+from nybble_quantizers.quality_report.wording import bits_of
+
+NEEDS = {
+    None: "",
+    "awq": " with `gptqmodel` and `accelerate`",
+    "gptq": " with `gptqmodel` and `optimum`",
+    "compressed-tensors": " with `compressed-tensors`",
+}
+"""What transformers wants to be installed, by `quant_method`."""
+
+VLLM_BITS = {4, 8}  # of integer weights, those that vLLM has kernels for in every format
+
+
+def readers(found: Record) -> Iterator[str]:
+    """Programs that read the format, as far as their code says so: it has been read, not run with this file.
+
+    A quantized head or embedding is left to nybble.
+    """
+    if not all(re.search(r"\.\d+\.", row.name) for row in found.rows):
+        return
+    rule, kind = summary(found.settings), found.settings.get("quant_method")
+    yield f"[transformers](https://github.com/huggingface/transformers){NEEDS[kind]}"
+    common = kind is None or set(bits_of(found)) <= VLLM_BITS
+    held = {
+        "awq": not rule.symmetric,
+        "gptq": rule.symmetric,
+        "compressed-tensors": not _has_integers_of_one_scale(found),
+    }
+    if common and held.get(str(kind), True):
+        yield "[vLLM](https://github.com/vllm-project/vllm): `vllm serve FOLDER`"
+
+
+def _has_integers_of_one_scale(found: Record) -> bool:
+    """A scale for a whole matrix of integers: vLLM wants one a row at least."""
+    groups = (found.settings.get("config_groups") or {}).values()
+    weights = [group.get("weights") or {} for group in groups]
+    return any(each.get("strategy") == "tensor" and each.get("type") == "int" for each in weights)

@@ -1,0 +1,100 @@
+"""`nybble quantize` as a person uses it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nybble.cli import main
+from nybble.commands.quantize import in_bytes
+from nybble.errors import UsageError
+from support_checkpoint import write_checkpoint
+
+SMALL = ["--group-size", "32", "--samples", "4", "--length", "24"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    return write_checkpoint(folder, group_size=None)
+
+
+def test_every_block_says_how_it_went(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *SMALL]) == 0
+    printed = capsys.readouterr()
+    blocks = [line for line in printed.err.splitlines() if line.startswith("block ")]
+    assert len(blocks) == 3
+    number = r"\d+\.\d"
+    pattern = rf"block 1/3  q {number}  k {number} .* down {number} dB  {number} s, about \d+ s left"
+    assert re.fullmatch(pattern, blocks[0])
+    assert "bits per weight" in printed.out
+
+
+def test_without_text_the_weights_errors_are_shown(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), "--method", "rtn", *SMALL]) == 0
+    assert re.search(r"block 3/3 .* down \d+\.\d %  ", capsys.readouterr().err)
+
+
+def test_flags_reach_the_file(tmp_path: Path, source: Path) -> None:
+    flags = ["--override", "*.down_proj=8", "--format", "gptq_v2", "--symmetric", "--method", "rtn", *SMALL]
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *flags]) == 0
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (settings["checkpoint_format"], settings["sym"], settings["bits"]) == ("gptq_v2", True, 4)
+    assert len(settings["dynamic"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("80MB", 80e6), ("1.2 GiB", int(1.2 * 2**30)), ("5e6", 5e6), ("7kb", 7000), ("12", 12), ("3g", 3e9)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, expected: float) -> None:
+    assert in_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "12XB", "1.2.3GB", "-5MB"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a size"):
+        in_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--override", "*.down_proj"], "is not PATTERN=FORM"),
+        (["--override", "*.nothing=8"], "matches no linear"),
+        (["--override", "*.q_proj=8"], "run as one"),
+        (["--target-bits", "2"], "too few"),
+        (["--target-bits", "17"], "is no target"),
+        (["--calibration", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["--format", "awq", "--bits", "3"], "4-bit"),
+        (["--bits", "9"], "bits is 9"),
+    ],
+    ids=["no form", "no match", "partners", "too few bits", "too many bits", "no text", "awq", "bits"],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], flags: list[str], complaint: str
+) -> None:
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *SMALL, *flags]) != 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error:", "hint:"))]
+    assert len(lines) == 2 and complaint in lines[0]
+    assert {f.name for f in tmp_path.iterdir()} == {"plain"}
+
+
+def test_calibration_text_that_judges_is_refused(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = " ".join(f"word{number}" for number in range(60))
+    for name in ("calib.txt", "judge.txt"):
+        (tmp_path / name).write_text(f"{name} {words}")
+    flags = ["--calibration", str(tmp_path / "calib.txt"), "--evaluation", str(tmp_path / "judge.txt")]
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *SMALL, *flags]) != 0
+    assert "share 1 runs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,160 @@
+"""Forms by pattern and by measurement, from the scheme to the served file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nybble_kernels.quantized import QuantizedTensor
+from nybble_models.checkpoint import Checkpoint
+from nybble_models.decoder import Decoder
+from nybble_models.errors import ModelError
+from nybble_models.loader import Loader
+from nybble_quantizers.pipeline import quantize
+from nybble_quantizers.report import QuantizeProgress
+from nybble_quantizers.scheme import Scheme
+from support_checkpoint import write_checkpoint
+
+RTN = Scheme(method="rtn", group_size=32, samples=4, length=24, grid=8)
+TOKENS = torch.randint(200, (30,), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    return write_checkpoint(folder, group_size=None)
+
+
+def bits_of(folder: Path) -> dict[str, int]:
+    """Of every linear; 16 where it is not rounded."""
+    loader = Loader(Checkpoint(folder))
+    found = {}
+    for layer in range(loader.spec.num_layers):
+        for projection, linear in loader.block(layer).linears.items():
+            weight = linear.weight
+            found[f"{layer}.{projection}"] = weight.bits if isinstance(weight, QuantizedTensor) else 16
+    return found
+
+
+def distance(folder: Path, source: Path) -> float:
+    made, meant = (
+        Decoder(loader.spec, loader.load()).forward(TOKENS)
+        for loader in (Loader(Checkpoint(folder)), Loader(Checkpoint(source)))
+    )
+    return float((made - meant).square().mean() / meant.square().mean())
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq_v2"])
+@pytest.mark.parametrize("method", ["rtn", "awq", "awq+gptq"])
+def test_overrides_are_what_is_read_back(tmp_path: Path, source: Path, method: str, format: str) -> None:
+    overrides = ("*.down_proj=8", "model.layers.1.*=16", "*.layers.2.self_attn.o_proj=3")
+    quantize(source, tmp_path / "out", replace(RTN, method=method, overrides=overrides, format=format))
+    found = bits_of(tmp_path / "out")
+    assert [found[f"{i}.down"] for i in range(3)] == [8, 16, 8]
+    assert {found[f"1.{p}"] for p in ("q", "k", "v", "o", "gate", "up")} == {16}
+    assert (found["2.o"], found["0.o"], found["0.q"]) == (3, 4, 4)
+    assert distance(tmp_path / "out", source) < 0.5
+
+
+def test_a_target_of_bits_is_kept_and_better_than_one_width(tmp_path: Path, source: Path) -> None:
+    scheme = replace(RTN, target_bits=5.6)
+    report = quantize(source, tmp_path / "out", scheme)
+    quantize(source, tmp_path / "four", replace(RTN, format="compressed-tensors"))
+    stored = {row.name: row.bytes for row in report.layers}
+    spec = Loader(Checkpoint(source)).spec
+    weights = {p: spec.shape(p)[0] * spec.shape(p)[1] for p in spec.projections}
+    left = (3 * len(spec.projections) - len(stored)) and sum(
+        2 * weights[key.split(".")[1]] for key, bits in bits_of(tmp_path / "out").items() if bits == 16
+    )
+    assert 8 * (sum(stored.values()) + left) / (3 * sum(weights.values())) <= 5.6
+    assert len(set(bits_of(tmp_path / "out").values())) > 1
+    assert distance(tmp_path / "out", source) < distance(tmp_path / "four", source)
+
+
+def test_partners_are_alike(tmp_path: Path, source: Path) -> None:
+    quantize(source, tmp_path / "out", replace(RTN, target_bits=5.0))
+    found = bits_of(tmp_path / "out")
+    for layer in range(3):
+        assert found[f"{layer}.q"] == found[f"{layer}.k"] == found[f"{layer}.v"]
+        assert found[f"{layer}.gate"] == found[f"{layer}.up"]
+
+
+def test_an_override_stands_beside_a_target(tmp_path: Path, source: Path) -> None:
+    scheme = replace(RTN, target_bits=6.0, overrides=("model.layers.0.mlp.down_proj=3",))
+    quantize(source, tmp_path / "out", scheme)
+    assert bits_of(tmp_path / "out")["0.down"] == 3
+
+
+def test_a_target_of_bytes(tmp_path: Path, source: Path) -> None:
+    report = quantize(source, tmp_path / "out", replace(RTN, target_bytes=60_000))
+    assert sum(row.bytes for row in report.layers) <= 60_000
+    with pytest.raises(ModelError, match="too few"):
+        quantize(source, tmp_path / "no", replace(RTN, target_bytes=6_000))
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_choice_that_was_interrupted_is_not_made_again(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheme = replace(RTN, target_bits=5.0)
+
+    def stop(event: QuantizeProgress) -> None:
+        if event.stage == "quantize":
+            raise KeyboardInterrupt
+
+    quantize(source, tmp_path / "whole", scheme, command="")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", scheme, command="", progress=stop)
+    monkeypatch.setattr("nybble_quantizers.sensitivity.measure", None)
+    quantize(source, tmp_path / "out", scheme, command="")
+    whole, out = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("whole", "out"))
+    assert whole == out
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
+def test_embedding_and_head_are_rounded_on_request(tmp_path: Path, tied: bool) -> None:
+    folder = tmp_path / "plain"
+    folder.mkdir()
+    source = write_checkpoint(folder, group_size=None, tie_word_embeddings=tied)
+    quantize(source, tmp_path / "out", replace(RTN, ends=True))
+    loader = Loader(Checkpoint(tmp_path / "out"))
+    embed, head = loader.embed(), loader.head()
+    assert isinstance(embed, QuantizedTensor) and embed.bits == 8
+    assert (head is None) == tied
+    assert head is None or (isinstance(head.weight, QuantizedTensor) and head.weight.bits == 8)
+    assert distance(tmp_path / "out", source) < 0.4
+
+
+def test_a_target_may_include_the_ends(tmp_path: Path, source: Path) -> None:
+    report = quantize(source, tmp_path / "out", replace(RTN, ends=True, target_bits=5.0))
+    assert 8 * sum(report.bytes.values()) / Loader(Checkpoint(source)).spec.parameters < 5.6  # and norms
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"target_bits": 4.5, "target_bytes": 5}, "contradict"),
+        ({"format": "awq", "target_bits": 4.5}, "one form"),
+        ({"format": "awq", "overrides": ("*=8",)}, "one form"),
+        ({"format": "gptq", "ends": True}, "no quantized embedding"),
+    ],
+    ids=["two targets", "awq target", "awq override", "gptq embedding"],
+)
+def test_contradictions_are_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ModelError, match=reason) as caught:
+        replace(RTN, **changes)
+    assert caught.value.hint
+
+
+def test_settings_name_what_differs(tmp_path: Path, source: Path) -> None:
+    quantize(source, tmp_path / "out", replace(RTN, overrides=("*.down_proj=8",)))
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    groups = settings["config_groups"]
+    assert groups["group_1"]["targets"] == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    assert groups["group_1"]["weights"]["num_bits"] == 8
