@@ -1,0 +1,107 @@
+"""The text a model is measured on, and its windows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nybble.errors import UsageError
+from nybble.evaluation.model import Tokens
+from nybble.text.tokenizer import Tokenizer
+from nybble_models.formats import gguf_tokenizer
+from nybble_models.formats.gguf_header import read_header
+
+LONGEST = 2048  # tokens of a window in the papers
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A file's text as one string; `sha256` is of the file."""
+
+    name: str
+    sha256: str
+    text: str
+
+    def describe(self) -> Mapping[str, str]:
+        return {"name": self.name, "sha256": self.sha256}
+
+
+def read_text(path: Path) -> Text:
+    """.raw: the rows of WikiText; .jsonl: the documents, a blank line between; else one document."""
+    raw = _bytes(path)
+    if path.suffix == ".jsonl":
+        text = "\n\n".join(documents(path, raw))
+    else:
+        text = _decoded(path, raw)
+        text = join_rows(text) if path.suffix == ".raw" else text
+    return Text(path.name, hashlib.sha256(raw).hexdigest(), text)
+
+
+def join_rows(text: str) -> str:
+    """The rows of the raw WikiText split as the papers join them: blank lines are empty rows."""
+    rows = text.split("\n")[:-1]
+    return "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
+
+
+def documents(path: Path, raw: bytes | None = None) -> list[str]:
+    """The "text" of every line of a .jsonl file."""
+    found = []
+    for number, line in enumerate(_decoded(path, _bytes(path) if raw is None else raw).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
+            raise UsageError(f'{path}:{number} has no "text"', hint='each line is an object: {"text": "..."}')
+        found.append(text)
+    return found
+
+
+def windows(ids: Sequence[int], length: int, count: int) -> list[Tokens]:
+    """Windows without overlap, the tail dropped: `count` of them evenly spaced, all where it is 0."""
+    starts = range(0, len(ids) - length + 1, length)
+    if not starts:
+        raise UsageError(
+            f"the text has {len(ids):,} tokens: too short for one window of {length:,}",
+            hint="give a longer text, or a smaller --length",
+        )
+    if 0 < count < len(starts):
+        starts = starts[:: len(starts) // count][:count]
+    return [tuple(ids[start : start + length]) for start in starts]
+
+
+def tokenizer_of(model: Path) -> Tokenizer:
+    """Of a folder or of a GGUF file. Raises `CheckpointError` where there is none."""
+    if model.is_dir():
+        return Tokenizer.load(model)
+    return Tokenizer(gguf_tokenizer.build(read_header(model).metadata), {})
+
+
+def check_vocabulary(ours: Tokenizer, theirs: Tokenizer, used: set[int], reference: Path) -> None:
+    """Every token that is used must be the same piece of text in both models."""
+    for token in sorted(used):
+        mine, other = ours.token_bytes(token), theirs.token_bytes(token)
+        if mine != other:
+            raise UsageError(
+                f"{reference} has another vocabulary: token {token} is {other!r}, not {mine!r}",
+                hint="--reference names the model that was quantized",
+            )
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}", hint="give a UTF-8 .raw, .txt or .jsonl file") from None
+
+
+def _decoded(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf8").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not UTF-8 text", hint="give a UTF-8 .raw, .txt or .jsonl file") from None

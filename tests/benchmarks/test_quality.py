@@ -1,0 +1,103 @@
+"""Rows of `benchmarks/quality.py` on tiny models, and a table that says what was not run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support_checkpoint import write_checkpoint
+
+TEXT = "All happy families are alike; each unhappy family is unhappy in its own way. " * 8
+Run = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The script with these arguments; the rows it saves."""
+    import quality
+
+    results = tmp_path / "results" / "quality.jsonl"
+    monkeypatch.setattr(quality, "RESULTS", results)
+    (tmp_path / "text.txt").write_text(TEXT)
+    common = ("--text", str(tmp_path / "text.txt"), "--cache-dir", str(tmp_path / "cache"), "--threads", "1")
+
+    def run(*arguments: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "argv", ["quality.py", *common, *arguments, "--save"])
+        quality.main()
+        return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+    return run
+
+
+def test_rows_of_methods_and_of_a_folder(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_checkpoint(tmp_path / "base", group_size=None)
+    other = write_checkpoint(tmp_path / "other")
+    asked = ("--windows", "2", "--length", "96", "--method", "rtn", "--group-size", "32", "64")
+    asked = (*asked, "--set", "symmetric=true")
+    rows = run("--model", str(base), *asked, "--folder", str(other))
+    assert [row["method"] for row in rows] == ["none", "rtn", "rtn", "other"]
+    assert [row.get("group_size") for row in rows] == [None, 32, 64, None]
+    plain, fine, coarse, _ = rows
+    assert plain["rise"] == 0 and "kl_divergence" not in plain
+    assert 0 < fine["kl_divergence"] < coarse["kl_divergence"]
+    assert fine["rise"] == pytest.approx(fine["perplexity"] - plain["perplexity"], rel=1e-3)
+    assert fine["scheme"] == {"method": "rtn", "group_size": 32, "symmetric": True}
+    assert {"when", "commit", "versions", "text_sha256", "prepare_seconds"} <= set(fine)
+    assert not list((tmp_path / "cache").iterdir()), "what was made to be measured is gone"
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_a_kept_model_is_used_again(run: Run, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", group_size=None)
+    asked = ("--windows", "1", "--method", "rtn", "--group-size", "32", "--keep", str(tmp_path / "kept"))
+    run("--model", str(base), *asked, "--engine", "serve")
+    (made,) = (tmp_path / "kept").iterdir()
+    stamp = (made / "model.safetensors").stat().st_mtime_ns
+    rows = run("--model", str(base), *asked, "--engine", "serve")
+    assert (made / "model.safetensors").stat().st_mtime_ns == stamp
+    assert rows[1]["perplexity"] == rows[3]["perplexity"]
+
+
+def test_a_table_says_what_was_not_run(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import quality
+
+    monkeypatch.setitem(quality.TABLE_METHODS, "awq", {"bits": 1})  # stands for what cannot be made
+    monkeypatch.setitem(quality.TABLE_METHODS, "gptq", {"bits": 4, "group_size": 32})
+    write_checkpoint(tmp_path / "weights" / "OPT-1.3B", "opt", group_size=None)
+    small = ("--set", "samples=1", "length=16")
+    rows = run("--table", "--weights", str(tmp_path / "weights"), *small, "--windows", "1")
+    assert [(row["table"], row["method"], row["to_beat"]) for row in rows[:2]] == [
+        ("opt-1.3b", "none", 14.63),
+        ("opt-1.3b", "gptq", 16.15),
+    ]
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["model", "method", "to", "beat", "ours"]
+    assert len(lines) == len(quality.TABLES) * len(quality.TABLE_METHODS)
+    assert lines[2].split()[:5] == ["opt-1.3b", "awq", "14.920", "not", "run:"]
+    assert all("has no folder opt-2.7b" in line for line in lines[4:8])
+
+
+def test_a_table_without_weights_runs_nothing(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--table") == []
+    assert all("not run: no --weights" in line for line in capsys.readouterr().out.splitlines()[1:])
+
+
+def test_a_scheme_has_no_other_settings(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("--set", "colour=red")
+    assert "a scheme has no colour" in capsys.readouterr().err
+
+
+def test_what_is_wrong_is_one_line(run: Run, tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", group_size=None)
+    with pytest.raises(SystemExit, match="error: method 'steam' is unknown"):
+        run("--model", str(base), "--windows", "1", "--method", "steam")
