@@ -100,3 +100,41 @@ def test_what_is_wrong_is_one_line(
     *_, error, hint = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and message in error
     assert hint.startswith("hint: ")
+
+
+@pytest.fixture(scope="module")
+def calibrated(models: Path) -> Path:
+    """A checkpoint with its papers, calibrated on a text of sixty words of its own."""
+    words = " ".join(f"word{number}" for number in range(60))
+    (models / "calib.txt").write_text(words)
+    flags = ["--group-size", "32", "--calibration", str(models / "calib.txt"), "--samples", "2"]
+    out = str(models / "made")
+    assert cli.main(["quantize", str(models / "base"), "-o", out, *flags, "--length", "200"]) == 0
+    return models / "made"
+
+
+def test_figures_are_put_into_the_papers(models: Path, calibrated: Path) -> None:
+    asked = ("@made", "--text", "@text.txt", "--windows", "2", "--length", "96", "--record")
+    assert run(models, *asked) == 0
+    found = json.loads((calibrated / "quant_report.json").read_text())["evaluation"]
+    assert (found["text"], found["windows"], found["length"]) == ("text.txt", 2, 96)
+    assert found["perplexity"] > 1 and 0 < found["top1_agreement"] < 1
+    assert "top-1 agreement" in (calibrated / "README.md").read_text()
+    assert cli.main(["verify", str(calibrated)]) == 0
+
+
+def test_nothing_is_recorded_without_a_report(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        run(models, "@base", "--reference", "none", "--text", "@text.txt", "--windows", "2", "--record") == 2
+    )
+    assert "no quant_report.json" in capsys.readouterr().err
+
+
+def test_a_text_that_it_was_calibrated_on_is_named(
+    models: Path, calibrated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (models / "judge.txt").write_text("Before. " + (models / "calib.txt").read_text() + " After that. " * 9)
+    for text, warned in (("judge.txt", True), ("text.txt", False)):
+        assert run(models, "@made", "--reference", "none", "--text", f"@{text}", "--windows", "1") == 0
+        shown = capsys.readouterr().err
+        assert (f"warning: calib.txt and {text} share " in shown) == warned

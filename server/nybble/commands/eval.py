@@ -70,6 +70,10 @@ def eval(
         Path | None,
         Parameter(name="--json", help="file for the result; - prints it", allow_leading_hyphen=True),
     ] = None,
+    record_: Annotated[
+        bool,
+        Parameter(name="--record", negative=(), help="put the figures into the report and the model card"),
+    ] = False,
 ) -> None:
     """Measure perplexity, and KL divergence and top-1 agreement against the unquantized model."""
     if min(windows, passages) < 0:
@@ -89,6 +93,7 @@ def eval(
         base = _base(local, reference, config)
         file = text or fetch_wikitext(config.cache_path)
         material = gather(local, Choice(file, windows, length, lambada, passages))
+        warn_of_overlap(local, file)
         truth = None
         if base is not None:
             truth = open_streamed(base, config, "reference", shown.update)
@@ -106,6 +111,8 @@ def eval(
         "seconds": round(time.perf_counter() - started, 1),
         "machine": facts(),
     }
+    if record_:
+        put_down(local, record)
     if json_ is None or str(json_) != "-":
         print_table(record, result.estimates)
     if json_ is not None:
@@ -126,6 +133,36 @@ def _base(model: Path, reference: str | None, config: ServeConfig) -> Path | Non
         named = f"{name_base(model)} is not here" if name_base(model) else "none is named"
         print(f"no reference: {named}; --reference BASE adds KL divergence and agreement", file=sys.stderr)
     return found
+
+
+def warn_of_overlap(model: Path, text: Path) -> None:
+    """Say so where the model was calibrated on the text that is to judge it."""
+    from nybble_models.checkpoint import read_json
+    from nybble_quantizers import overlap
+    from nybble_quantizers.corpus import read_documents
+
+    report = model / "quant_report.json"
+    calibration = (read_json(report) if report.is_file() else {}).get("calibration") or {}
+    prints = calibration.get("sketch") or ()
+    found = (
+        [run for document in read_documents(text) for run in overlap.shared(document, prints)]
+        if prints
+        else []
+    )
+    if found:
+        origin = calibration.get("origin", "its calibration text")
+        print(f"warning: {origin} and {text.name} share {len(found)} runs of ten words", file=sys.stderr)
+
+
+def put_down(folder: Path, record: Mapping[str, Any]) -> None:
+    """Into `quant_report.json`, the model card and the sums. Raises `UsageError` where there are none."""
+    from nybble_quantizers import papers
+
+    if not (folder / "quant_report.json").is_file():
+        raise UsageError(f"{folder}: no quant_report.json to record in", hint="`nybble quantize` writes one")
+    text = record["text"]
+    said = {"text": text["name"], "windows": text["windows"], "length": text["length"]}
+    papers.add_evaluation(folder, record["figures"] | said | {"engine": record["model"]["engine"]})
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
