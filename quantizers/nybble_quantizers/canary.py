@@ -1,4 +1,4 @@
-"""A few prompts with what the unquantized model makes of them: a server that loads the result replays them."""
+"""A few prompts with what the unquantized model makes of them, which a server can replay."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ PROMPTS = (
     "two. For example, a base of 6 and a height of 4 give 12.",
     "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n"
     "    return total / len(values)\n",
-    "Question: Which planet is closest to the Sun?\nAnswer: Mercury.\n\nQuestion: How many legs has a spider?\n"
-    "Answer: Eight.\n",
-    "In 1928 a Scottish physician returned from his holiday and noticed that a mould had killed the bacteria on "
-    "one of his plates. The substance was later called penicillin.",
+    "Question: Which planet is closest to the Sun?\nAnswer: Mercury.\n\n"
+    "Question: How many legs has a spider?\nAnswer: Eight.\n",
+    "In 1928 a Scottish physician returned from his holiday and noticed that a mould had killed the bacteria "
+    "on one of his plates. The substance was later called penicillin.",
     "Dear Ms. Lindqvist,\n\nThank you for your letter of 14 March. We have looked into the delay and can now "
     "tell you that the parcel will arrive on Thursday.",
     "Die Bibliothek öffnet um neun Uhr. Wer ein Buch ausleihen möchte, braucht einen gültigen Ausweis und "
@@ -69,7 +69,7 @@ class Canary:
         self.states = [kept[f"canary.{i}"] for i in range(len(self.prompts))]
 
     def write(self, folder: Path) -> None:
-        """After the last block: token ids, and of each position the likeliest next tokens, natural logarithms."""
+        """After the last block: token ids, and the likeliest next tokens of each, with natural logarithms."""
         self.decoder.weights.head = self.loader.head()
         rows = [self._row(prompt, state) for prompt, state in zip(self.prompts, self.states, strict=True)]
         write_json(folder / FILE, {"reference": "unquantized, float32", "prompts": rows})

@@ -32,6 +32,7 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.final = self._block  # what is made of the checkpoint: blocks as rounded, or as tuned after that
         folder.mkdir(exist_ok=True)
 
     def done(self, stateful: bool) -> int:
@@ -72,22 +73,51 @@ class Journal:
         """A block is done. The states come first: a block without them could not be followed by another."""
         if states:
             self._write(self._states(layer), states, {})
+        self._keep(self._block(layer), stored, reports)
+        self._states(layer - 1).unlink(missing_ok=True)
+
+    def _keep(self, path: Path, stored: Stored, reports: list[LayerReport]) -> None:
         facts = {
             "kinds": {name: kind for name, (kind, _) in stored.items()},
             "reports": [asdict(report) for report in reports],
         }
-        self._write(self._block(layer), {name: tensor for name, (_, tensor) in stored.items()}, facts)
-        self._states(layer - 1).unlink(missing_ok=True)
+        self._write(path, {name: tensor for name, (_, tensor) in stored.items()}, facts)
+
+    def keep_whole(self, layer: int, weights: Mapping[str, Tensor]) -> None:
+        """A block's linears before they were rounded, by projection."""
+        self._write(self.folder / f"whole-{layer:05}.safetensors", weights, {})
+
+    def whole(self, layer: int) -> dict[str, Tensor]:
+        return load_file(self.folder / f"whole-{layer:05}.safetensors")
+
+    def keep_tuned(self, layer: int, stored: Stored, reports: list[LayerReport]) -> None:
+        """A block once more, after it was tuned: it counts when all of them are there."""
+        self._keep(self._tuned(layer), stored, reports)
+
+    def taught(self, layers: int) -> bool:
+        """Whether every block was tuned; if so, these are final."""
+        done = all(self._whole(self._tuned(layer)) for layer in range(layers))
+        self.final = self._tuned if done else self._block
+        return done
+
+    def names(self, layer: int) -> list[str]:
+        """Of the tensors of a finished block."""
+        return list(self._facts(self._block(layer))["kinds"])
+
+    def tensor(self, layer: int, name: str) -> Tensor:
+        with safe_open(self._block(layer), framework="pt") as file:
+            found: Tensor = file.get_tensor(name)
+            return found
 
     def states(self, layer: int) -> dict[str, Tensor]:
         """As kept with block `layer`."""
         return load_file(self._states(layer))
 
     def reports(self, layer: int) -> list[LayerReport]:
-        return [LayerReport(**row) for row in self._facts(self._block(layer))["reports"]]
+        return [LayerReport(**row) for row in self._facts(self.final(layer))["reports"]]
 
     def stored(self, layer: int) -> dict[str, tuple[str, Tensor]]:
-        path = self._block(layer)
+        path = self.final(layer)
         kinds, tensors = self._facts(path)["kinds"], load_file(path)
         return {name: (kinds[name], tensors[name]) for name in kinds}
 
@@ -96,6 +126,9 @@ class Journal:
 
     def _block(self, layer: int) -> Path:
         return self.folder / f"block-{layer:05}.safetensors"
+
+    def _tuned(self, layer: int) -> Path:
+        return self.folder / f"tuned-{layer:05}.safetensors"
 
     def _states(self, layer: int) -> Path:
         return self.folder / f"states-{layer:05}.safetensors"

@@ -40,6 +40,7 @@ from nybble_quantizers.rounding import nearest, tokenwise
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.selection import Forms, Selection, select
 from nybble_quantizers.stream import Stream, calibration_for, read_block
+from nybble_quantizers.teaching import report_again, teach, whole_block
 from nybble_quantizers.tokenizing import carry_over, load_tokenizer
 from nybble_quantizers.units import by_name
 from nybble_quantizers.workers import Map, side_by_side
@@ -121,6 +122,8 @@ class _Run:
                 self.selection = self._chosen(journal, calibration, run)
             canary = self._canary()
             self._blocks(journal, writer, calibration, canary, run)
+            if self.scheme.best and calibration is not None:
+                self._teach(journal, writer, calibration, run)
         self.tell(QuantizeProgress("write", 0, 1))
         if canary is not None:
             canary.write(folder)
@@ -165,6 +168,24 @@ class _Run:
             forms = choose(self.loader, self.scheme, self.container, calibration.tokens, self.seed, run)
             journal.keep_forms(forms)
         return select(self.loader.spec, self.loader.family, self.scheme, self.container, forms)
+
+    def _teach(self, journal: Journal, writer: ModelWriter, calibration: Calibration, run: Map) -> None:
+        """Tune what was rounded, all blocks together."""
+        layers = self.loader.spec.num_layers
+        if journal.taught(layers):
+            return
+        scheme, config = self.scheme, self._config()
+        made = teach(self.loader, journal, config, calibration, scheme.steps, self.seed, run, self.tell)
+        log.info("tuned: KL %.5f -> %.5f nats a token on the calibration text", made.before, made.after)
+        for layer, block in enumerate(made.blocks):
+            whole, rows = whole_block(journal, layer, block), journal.reports(layer)
+            names = {self.loader.family.projections[p].format(i=layer): p for p in block.linears}
+            reports = [
+                report_again(row, whole.linears[names[row.name]], block.linears[names[row.name]])
+                for row in rows
+            ]
+            journal.keep_tuned(layer, writer.block(layer, block, self.selection.forms[layer]), reports)
+        journal.taught(layers)
 
     def _canary(self) -> Canary | None:
         """None for a model without a tokenizer: nobody could send it a prompt."""
@@ -217,6 +238,8 @@ class _Run:
                 canary.advance(layer, block)
             reports = self._reports(layer, folded, quantized, findings)
             states = {name: state for each in passing for name, state in each.kept().items()}
+            if self.scheme.best:
+                journal.keep_whole(layer, {p: float_weight(folded.linears[p]) for p in forms})
             journal.keep(layer, writer.block(layer, quantized, forms), reports, states)
             left = (time.monotonic() - started) / (layer + 1 - first) * (total - layer - 1)
             self.tell(QuantizeProgress("quantize", layer + 1, total, left, tuple(reports)))

@@ -20,7 +20,7 @@ from nybble_quantizers.origin import Origin
 
 LIBRARIES = ("nybble", "torch", "transformers", "safetensors", "gguf")
 
-Stage = Literal["calibrate", "choose", "quantize", "write"]
+Stage = Literal["calibrate", "choose", "quantize", "tune", "write"]
 
 
 @dataclass(frozen=True, slots=True)

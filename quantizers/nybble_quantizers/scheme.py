@@ -24,7 +24,8 @@ class Scheme:
     `target_bytes`, the bits of each linear are chosen. `ends`: the embedding and the head are rounded too.
     `kind` "float" is FP8 (E4M3). `inputs`: activations are rounded to 8 bits of the same kind, with a scale a
     "token", or one for the "tensor" that calibration finds. `alpha`: how much of their range SmoothQuant
-    moves into the weights; None: searched for each fold.
+    moves into the weights; None: searched for each fold. `best`: afterwards levels, scales, norms and biases
+    are tuned by gradient in so many `steps`.
     Method "none" keeps every weight at 16 bits (a change of container only).
     """
 
@@ -45,6 +46,8 @@ class Scheme:
     kind: Kind = "int"
     inputs: Inputs | None = None
     alpha: float | None = None
+    best: bool = False
+    steps: int = 100
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -67,7 +70,17 @@ class Scheme:
         if self.format == "awq" and (self.mixes or self.overrides):
             raise ModelError("AWQ has one form for all linears", hint="--format compressed-tensors has many")
         self._check_form()
-        limits = {"bits": (2, 8), "samples": (1, 65536), "length": (2, 1 << 20), "grid": (1, 1000)}
+        if self.best and not (self.method in ("awq", "gptq", "awq+gptq") and self.inputs is None):
+            raise ModelError(
+                f"quality best does not tune {self.method}", hint="--method awq, gptq or awq+gptq is tuned"
+            )
+        limits = {
+            "bits": (2, 8),
+            "samples": (1, 65536),
+            "length": (2, 1 << 20),
+            "grid": (1, 1000),
+            "steps": (1, 100000),
+        }
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ModelError(f"{name} is {getattr(self, name)}", hint=f"give {low} to {high}")
