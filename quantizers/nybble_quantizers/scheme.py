@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from nybble_models.errors import ModelError
 from nybble_models.formats.container import Container, container
 from nybble_models.formats.form import CHANNEL, TENSOR, Form, Inputs, Kind
+from nybble_quantizers.gptq import DAMP
 
 Method = Literal["awq", "gptq", "awq+gptq", "smoothquant", "smoothquant+gptq", "rtn", "none"]
 
@@ -25,7 +26,8 @@ class Scheme:
     `kind` "float" is FP8 (E4M3). `inputs`: activations are rounded to 8 bits of the same kind, with a scale a
     "token", or one for the "tensor" that calibration finds. `alpha`: how much of their range SmoothQuant
     moves into the weights; None: searched for each fold. `best`: afterwards levels, scales, norms and biases
-    are tuned by gradient in so many `steps`.
+    are tuned by gradient in so many `steps`. `act_order`: GPTQ makes groups of the inputs by loudness, which
+    kernels then have to permute. `damp`: what is added to a Hessian's diagonal at first, of its mean.
     Method "none" keeps every weight at 16 bits (a change of container only).
     """
 
@@ -46,6 +48,8 @@ class Scheme:
     kind: Kind = "int"
     inputs: Inputs | None = None
     alpha: float | None = None
+    act_order: bool = False
+    damp: float = DAMP
     best: bool = False
     steps: int = 100
 
@@ -59,8 +63,10 @@ class Scheme:
                 f"group size {self.group_size} is not positive",
                 hint="-1 means one scale for a row; 0, with method rtn, one for the whole matrix",
             )
-        if self.format != "auto":
-            container(self.format)
+        if self.act_order and self.method not in ("gptq", "awq+gptq"):
+            raise ModelError(f"{self.method} has no act-order", hint="--method gptq or awq+gptq")
+        if self.format != "auto" or self.act_order:
+            container("gptq_v2" if self.format == "auto" else self.format, self.act_order)
         if self.target_bits is not None and self.target_bytes is not None:
             raise ModelError("a target of bits and one of bytes contradict each other", hint="give one")
         if self.format not in ("auto", "compressed-tensors") and self.ends:
@@ -113,8 +119,8 @@ class Scheme:
 
     @property
     def container(self) -> Container:
-        if self.format != "auto":
-            return container(self.format)
+        if self.format != "auto" or self.act_order:
+            return container("gptq_v2" if self.format == "auto" else self.format, self.act_order)
         form = self.form
         alike = not (self.overrides or self.mixes or self.ends)
         plain = form is None or (alike and form.bits == 4 and form.group_size != TENSOR)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from nybble.cli import main
 from nybble.commands.quantize import in_bytes
@@ -52,6 +53,51 @@ def test_flags_reach_the_file(tmp_path: Path, source: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flags", "format", "kinds"),
+    [
+        (["--method", "smoothquant"], "int-quantized", {"int"}),
+        (["--method", "smoothquant+gptq", "--alpha", "0.5"], "int-quantized", {"int"}),
+        (["--scheme", "W8A8-static"], "int-quantized", {"int"}),
+        (["--scheme", "FP8"], "float-quantized", {"float"}),
+        (["--scheme", "FP8-static"], "float-quantized", {"float"}),
+    ],
+    ids=["smoothquant", "with gptq", "static", "fp8", "fp8 static"],
+)
+def test_eight_bits_by_name(
+    tmp_path: Path, source: Path, flags: list[str], format: str, kinds: set[str]
+) -> None:
+    small = ["--samples", "4", "--length", "24"]
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *flags, *small]) == 0
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert settings["format"] == format
+    group = settings["config_groups"]["group_0"]
+    assert {group["weights"]["type"], group["input_activations"]["type"]} == kinds
+    static = any("static" in flag for flag in flags)
+    assert group["input_activations"]["dynamic"] != static
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_classic_act_order(tmp_path: Path, source: Path) -> None:
+    flags = ["--method", "gptq", "--act-order", "--damp", "0.05", *SMALL]
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *flags]) == 0
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert settings["desc_act"] is True
+    order = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.down_proj.g_idx"]
+    assert order.tolist() != sorted(order.tolist())
+    assert {
+        row["damp"] for row in json.loads((tmp_path / "out" / "quant_report.json").read_text())["layers"]
+    } == {0.05}
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_the_best_quality(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--quality", "best", "--steps", "3", "--method", "gptq", *SMALL]
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *flags]) == 0
+    assert "tuning: 100%" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [("80MB", 80e6), ("1.2 GiB", int(1.2 * 2**30)), ("5e6", 5e6), ("7kb", 7000), ("12", 12), ("3g", 3e9)],
 )
@@ -76,8 +122,23 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (["--calibration", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--format", "awq", "--bits", "3"], "4-bit"),
         (["--bits", "9"], "bits is 9"),
+        (["--scheme", "W1A1"], "'W1A1' is unknown"),
+        (["--alpha", "0.5"], "alpha is 0.5"),
+        (["--act-order"], "awq has no act-order"),
+        (["--act-order", "--method", "gptq", "--format", "awq"], "no act-order"),
+        (["--quality", "best", "--method", "rtn"], "does not tune rtn"),
     ],
-    ids=["no form", "no match", "partners", "too few bits", "too many bits", "no text", "awq", "bits"],
+    ids=[
+        "no form",
+        "no match",
+        "partners",
+        "too few bits",
+        "too many bits",
+        "no text",
+        "awq",
+        "bits",
+        *("scheme", "alpha", "order", "order format", "best"),
+    ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], flags: list[str], complaint: str

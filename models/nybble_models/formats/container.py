@@ -47,7 +47,8 @@ class Container:
         return stored
 
 
-_AWQ, _V1, _V2, _ACT_ORDER = AwqCodec(), GptqCodec(), GptqCodec(version=2), GptqCodec(act_order=True)
+_AWQ, _V1, _V2 = AwqCodec(), GptqCodec(), GptqCodec(version=2)
+_ORDERED = {"gptq": GptqCodec(act_order=True), "gptq_v2": GptqCodec(version=2, act_order=True)}
 _COMPRESSED: Mapping[str, Codec] = {
     codec.format: codec for codec in (PackQuantizedCodec(), IntQuantizedCodec(), FloatQuantizedCodec())
 }
@@ -63,8 +64,12 @@ CONTAINERS: Mapping[str, Container] = {
 }
 
 
-def container(name: str) -> Container:
-    """Raises `ModelError` for a name that is none."""
+def container(name: str, act_order: bool = False) -> Container:
+    """`act_order`: every input says which group it is of. Raises `ModelError` for a name that is none."""
+    if act_order:
+        if name not in _ORDERED:
+            raise ModelError(f"{name} holds no act-order weights", hint="--format gptq and gptq_v2 do")
+        return Container(name, lambda form: _ORDERED[name])
     if name not in CONTAINERS:
         raise ModelError(f"format {name!r} is unknown", hint=f"known: {', '.join(CONTAINERS)}")
     return CONTAINERS[name]

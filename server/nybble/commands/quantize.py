@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -17,11 +18,13 @@ from nybble.terminal import size
 
 if TYPE_CHECKING:
     from nybble_quantizers.report import QuantizeProgress, QuantReport
+    from nybble_quantizers.scheme import Scheme
 
 STAGES = {
     "calibrate": "calibrating",
     "choose": "choosing bits",
     "quantize": "quantizing",
+    "tune": "tuning",
     "write": "writing",
 }
 UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -32,14 +35,34 @@ def quantize(
     /,
     *,
     output: Annotated[Path, Parameter(name=("--output", "-o"), help="folder to write; it must not exist")],
+    scheme: Annotated[
+        str | None,
+        Parameter(help="W4A16 (default), W8A8, W8A8-static, FP8, FP8-static ...; flags change it"),
+    ] = None,
     method: Annotated[
-        Literal["awq", "gptq", "awq+gptq", "rtn"], Parameter(help="how to choose the codes")
-    ] = "awq",
-    bits: Annotated[int, Parameter(help="bits per weight")] = 4,
+        Literal["awq", "gptq", "awq+gptq", "rtn", "smoothquant", "smoothquant+gptq"] | None,
+        Parameter(help="how to choose the codes (default awq; smoothquant: W8A8)"),
+    ] = None,
+    bits: Annotated[int | None, Parameter(help="bits per weight (default 4)")] = None,
     group_size: Annotated[
-        int, Parameter(help="weights that share a scale; -1: a whole row, 0 (rtn only): the whole matrix")
-    ] = 64,
-    symmetric: Annotated[bool, Parameter(help="leave out zero points", negative="--asymmetric")] = False,
+        int | None,
+        Parameter(help="weights that share a scale (default 64); -1: a whole row, 0 (rtn): the whole matrix"),
+    ] = None,
+    symmetric: Annotated[
+        bool | None, Parameter(help="leave out zero points", negative="--asymmetric")
+    ] = None,
+    quality: Annotated[
+        Literal["fast", "best"],
+        Parameter(help="best: then tune levels, scales and norms by gradient, many times as long"),
+    ] = "fast",
+    steps: Annotated[int, Parameter(help="of --quality best")] = 100,
+    alpha: Annotated[
+        float | None, Parameter(help="how much of their range inputs pass to weights; else it is searched")
+    ] = None,
+    act_order: Annotated[
+        bool, Parameter(help="classic desc_act of GPTQ, which kernels must undo at run time", negative=())
+    ] = False,
+    damp: Annotated[float, Parameter(help="first damping of GPTQ; it rises by itself")] = 0.01,
     format: Annotated[
         Literal["auto", "awq", "gptq", "gptq_v2", "compressed-tensors"],
         Parameter(help="of the output; auto: awq if it can hold the result, else compressed-tensors"),
@@ -78,13 +101,11 @@ def quantize(
     log.configure("warning")
     from nybble_models.hub import fetch
     from nybble_quantizers.pipeline import quantize as write
-    from nybble_quantizers.scheme import Scheme
 
-    scheme = Scheme(
-        method=method,
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
+    given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "alpha": alpha}
+    wanted = scheme_of(
+        scheme,
+        given,
         samples=samples,
         length=length,
         skip=skip,
@@ -93,6 +114,10 @@ def quantize(
         target_bits=target_bits,
         target_bytes=None if target_size is None else in_bytes(target_size),
         ends=embeddings,
+        best=quality == "best",
+        steps=steps,
+        act_order=act_order,
+        damp=damp,
     )
     with display() as shown:
         local = fetch(
@@ -100,10 +125,19 @@ def quantize(
         )
         told = Steps(shown)
         report = write(
-            local, output, scheme, calibration=calibration, evaluation=evaluation, seed=seed, progress=told
+            local, output, wanted, calibration=calibration, evaluation=evaluation, seed=seed, progress=told
         )
         shown.close()
     print(summary(output, report))
+
+
+def scheme_of(name: str | None, given: Mapping[str, Any], **rest: Any) -> Scheme:
+    """A preset with what was given over it. SmoothQuant without a preset means W8A8."""
+    from nybble_quantizers.scheme import preset
+
+    smooths = str(given["method"]).startswith("smoothquant")
+    changes = {flag: value for flag, value in given.items() if value is not None}
+    return preset(name or ("W8A8" if smooths else "W4A16"), **changes, **rest)
 
 
 def in_bytes(text: str) -> int:
