@@ -80,7 +80,7 @@ def balanced(scale: Tensor) -> Tensor:
 
 def magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
     """Mean over all rows of |w| relative to the largest of its group: [K]."""
-    total = torch.zeros(weights[0].shape[1])
+    total = weights[0].new_zeros(weights[0].shape[1])
     for weight in weights:
         groups = rtn.grouped(weight.abs(), group_size)
         relative = groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)

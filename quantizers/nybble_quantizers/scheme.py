@@ -168,7 +168,9 @@ PRESETS: Mapping[str, Scheme] = {
     "W4A16-g128": Scheme(group_size=128),
     "W4A16-RTN": Scheme(method="rtn"),
     "W8A8": Scheme(method="smoothquant", bits=8, group_size=CHANNEL, symmetric=True, inputs="token"),
-    "W8A8-static": Scheme(method="smoothquant", bits=8, group_size=CHANNEL, symmetric=True, inputs="tensor"),
+    "W8A8-static": Scheme(
+        method="smoothquant", bits=8, group_size=CHANNEL, symmetric=True, inputs="tensor", alpha=0.5
+    ),
     "FP8": Scheme(method="rtn", bits=8, group_size=CHANNEL, symmetric=True, kind="float", inputs="token"),
     "FP8-static": Scheme(
         method="rtn", bits=8, group_size=CHANNEL, symmetric=True, kind="float", inputs="tensor"

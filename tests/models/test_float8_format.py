@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nybble_kernels.activations import Activations
 from nybble_kernels.float8 import Float8Tensor
+from nybble_models.checkpoint import Checkpoint
 from nybble_models.errors import BrokenCheckpoint
+from nybble_models.footprint import linear_held_as
 from nybble_models.formats.awq import AwqCodec
 from nybble_models.formats.compressed_tensors import (
     FloatQuantizedCodec,
@@ -22,7 +27,9 @@ from nybble_models.formats.container import container
 from nybble_models.formats.form import CHANNEL, TENSOR, Form, Inputs, Kind
 from nybble_models.formats.gptq import GptqCodec
 from nybble_models.formats.overrides import for_linear
+from nybble_models.loader import Loader
 from nybble_models.weights import Linear
+from support_checkpoint import write_checkpoint
 from support_quantized import quantized
 
 CODEC, CONTAINER = FloatQuantizedCodec(), container("compressed-tensors")
@@ -217,3 +224,25 @@ def test_floats_go_nowhere_else() -> None:
     assert CODEC.fits((32, 32), FP8) is None
     assert CODEC.fits((32, 32), Form(8, 16, True, "float"))
     assert CODEC.fits((32, 32), Form(8, CHANNEL, True))
+
+
+@pytest.mark.parametrize(
+    ("weights", "widens", "bits"),
+    [({}, False, 8), ({}, True, 16), ({"strategy": "block", "block_structure": [128, 128]}, False, 16)],
+    ids=["gpu", "cpu", "blocks"],
+)
+def test_memory_is_planned_for_what_is_held(
+    tmp_path: Path, weights: dict[str, Any], widens: bool, bits: int
+) -> None:
+    write_checkpoint(tmp_path, group_size=None)
+    stored = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    stored |= {f"{name}.{part}": t for part, t in CODEC.encode(weight(96, 64)).items()}
+    save_file(stored, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = CODEC.settings({NAME: FP8})
+    config["quantization_config"]["config_groups"]["group_0"]["weights"] |= weights
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loader = Loader(Checkpoint(tmp_path))
+    assert linear_held_as(loader, 1, "up", widens=widens).bits == bits
+    assert linear_held_as(loader, 0, "up", widens=widens).bits == 16

@@ -96,7 +96,8 @@ def device_of(config: ServeConfig) -> ModuleType:
 
 
 def _plan(config: ServeConfig, loader: Loader, device: ModuleType) -> MemoryPlan:
-    head, embedding = tables_held_as(loader, config.head_bits)
+    widens = device is cpu  # it has no product of 8-bit floats
+    head, embedding = tables_held_as(loader, config.head_bits, widens=widens)
     limit = loader.spec.max_positions
     if config.max_model_len > limit:
         raise UsageError(
@@ -111,7 +112,7 @@ def _plan(config: ServeConfig, loader: Loader, device: ModuleType) -> MemoryPlan
     try:
         return plan(
             loader.spec,
-            partial(linear_held_as, loader),
+            partial(linear_held_as, loader, widens=widens),
             head=head,
             embedding=embedding,
             max_model_len=config.max_model_len,
