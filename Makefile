@@ -12,6 +12,9 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --q
 # Kernels are compiled, not run, with the Triton of torch 2.11 too, beside the installed one.
 DEVICE_TRITON := $(VENV)/triton-3.6
 
+# Environments of other programs that read what we write, each of its own.
+REFEREES := .venv-referees
+
 # Measuring needs torch and triton, and nothing of ours installed.
 MEASURING = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
@@ -19,7 +22,7 @@ MEASURING = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help install serve test fix bench gpu gpu-dry clean
+.PHONY: help install serve test fix bench gpu gpu-dry referees clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -49,8 +52,11 @@ gpu:  ## measure all there is to measure on an NVIDIA GPU, in at most nine minut
 gpu-dry:  ## the same program on tiny sizes without a GPU: proves that every part runs
 	@exec $(MEASURING) benchmarks/gpu/gate.py --dry $(ARGS)
 
+referees: $(VENV)/.installed $(REFEREES)/a/.installed $(REFEREES)/b/.installed  ## other programs read what we write, and we read what they write (ARGS=)
+	@exec $(BIN)/python benchmarks/referees/run.py --env-a $(REFEREES)/a --env-b $(REFEREES)/b $(ARGS)
+
 clean:  ## remove .venv, build results and tool caches
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(REFEREES) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -66,6 +72,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.developer: $(VENV)/.installed $(DEVICE_TRITON)/.installed
 	@$(PIP) --constraint constraints.txt --group dev
+	@touch $@
+
+$(REFEREES)/%/.installed: benchmarks/referees/env-%.txt | $(BIN)/python
+	@echo "installing other programs into $(@D) (first run only)"
+	@rm -rf $(@D)
+	@$(BIN)/python -m venv $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --no-compile --quiet $(PIP_ARGS) --requirement $<
 	@touch $@
 
 $(DEVICE_TRITON)/.installed: | $(VENV)/.installed

@@ -3,11 +3,11 @@
     python benchmarks/quality_peers.py --model DIR --stories exl2_tiny.utf8 --env-a DIR --env-b DIR
     python benchmarks/quality_peers.py --model DIR --text wiki.test.raw --calibration TEXT --env-a ...
 
-Each quantizer runs in a process of its own, one after the other. `seconds` is loading, quantizing and writing,
-`process` includes starting Python and its imports, `peak` is the process's largest resident memory. Every
-checkpoint is then read by our loader and judged by the reference decoder: exp of the mean loss of a window's
-tokens after its first. `--stories` splits a file of tales at "<|endoftext|>": every second of 34 to 193 is
-judged, the first 58 between them calibrate, each cut to `--length` tokens.
+Each quantizer runs in a process of its own, one after the other. `seconds` is loading, quantizing and
+writing, `process` includes starting Python and its imports, `peak` is the process's largest resident memory.
+Every checkpoint is then read by our loader and judged by the reference decoder: exp of the mean loss of a
+window's tokens after its first. `--stories` splits a file of tales at "<|endoftext|>": every second of 34 to
+193 is judged, the first 58 between them calibrate, each cut to `--length` tokens.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import wikitext, windows
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from nybble.bench.machine import facts
+from nybble.evaluation.text import read_text, windows
 from nybble_kernels.quantized import dense
 from nybble_models.decoder import Decoder
 from nybble_models.hub import open_source
@@ -62,9 +62,7 @@ def plans(forms: list[str], group: int) -> Iterator[tuple[str, str]]:
         words = [form] if form not in ("w3", "w4") else [f"{form}g{group}", f"{form}g{group}-sym"]
         for word in words:
             for tool, methods in BY_FORM[form].items():
-                yield from (
-                    (tool, f"{method}-{word}") for method in methods if (tool, word) != ("gptqmodel", "awq")
-                )
+                yield from ((tool, f"{method}-{word}") for method in methods)
 
 
 def stories(path: Path, tokenizer: Tokenizer, length: int) -> tuple[Tensor, Tensor]:
@@ -118,7 +116,8 @@ def quantized(options: argparse.Namespace, tool: str, recipe: str, work: Path) -
         str(out),
         recipe,
     ]
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" or home is None}
+    hidden = ("PYTHONSAFEPATH",) if home is None else ("PYTHONSAFEPATH", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if name not in hidden}
     started = time.perf_counter()
     with (out / f"{recipe}.log").open("w", encoding="utf8") as log:
         process = subprocess.Popen(command, env=kept | ENVIRONMENT, stdout=log, stderr=log)
@@ -137,8 +136,8 @@ def texts(options: argparse.Namespace) -> tuple[Tensor, Tensor]:
     if options.stories:
         return stories(options.stories, tokenizer, options.length)
     calibration = documents(options.calibration, tokenizer, options.length, options.samples)
-    ids = tokenizer.encode(wikitext(options.text)).ids
-    return calibration, windows(ids, options.eval_length, options.windows)
+    ids = tokenizer.encode(read_text(options.text).text).ids
+    return calibration, torch.tensor(windows(ids, options.eval_length, options.windows))
 
 
 def rows(options: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
@@ -186,12 +185,13 @@ def main() -> None:
     options = parse()
     machine = facts()
     print(
-        f"{'tool':13} {'recipe':20} {'perplexity':>10} {'rise':>8} {'seconds':>8} {'process':>8} {'peak MiB':>8}"
+        f"{'tool':13} {'recipe':20} {'perplexity':>10} {'rise':>8} {'seconds':>8} {'process':>8} {'MiB':>6}"
     )
     with tempfile.TemporaryDirectory() as folder:
         for row in rows(options, Path(folder)):
             figures = f"{row.get('perplexity', math.nan):10.4f} {row.get('rise', math.nan):8.4f}"
-            cost = f"{row.get('seconds', math.nan):8.1f} {row['process_seconds']:8.1f} {row['peak_bytes'] >> 20:8}"
+            cost = f"{row.get('seconds', math.nan):8.1f} {row['process_seconds']:8.1f}"
+            cost += f" {row['peak_bytes'] >> 20:6}"
             print(f"{row['tool']:13} {row['recipe']:20} {figures} {cost} {row.get('error', '')}", flush=True)
             if options.save:
                 stamped = {"when": datetime.now(UTC).isoformat(timespec="seconds")} | row | machine

@@ -56,7 +56,9 @@ class Factor:
     @property
     def turns(self) -> Tensor:
         """`order` in terms of the inputs as they are grouped."""
-        return torch.arange(len(self.order)) if self.kind == "desc_act" else self.order
+        return (
+            torch.arange(len(self.order), device=self.order.device) if self.kind == "desc_act" else self.order
+        )
 
     def solve(self, sums: Tensor) -> Tensor:
         """sums · inv(H + λI): the change of weights [N, K] that makes outputs with these Σ y xᵀ [N, K]."""
@@ -218,7 +220,7 @@ def _round(weight: Tensor, factor: Factor, bits: int, symmetric: bool, clip: boo
         if not static and group not in made:
             made.add(group)
             stop = first + group_of[first:].count(group)
-            make(group, work[first:stop], torch.arange(first, stop))
+            make(group, work[first:stop], torch.arange(first, stop, device=work.device))
         errors = _compensate(work, chosen, levels, group_of, factor.upper, first, last)
         work[last:].addmm_(factor.upper[first:last, last:].T, errors, alpha=-1)
         losses += errors.square_().sum(0)
