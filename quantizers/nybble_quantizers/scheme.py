@@ -158,11 +158,19 @@ class Scheme:
 
     @property
     def label(self) -> str:
-        """ "awq-w4g64", "rtn-w4g128-sym": what goes into the name of a folder."""
-        return "w16" if self.form is None else f"{self.method}-{self.form.label}"
+        """ "awq-w4g64", "rtn-w4g128-sym", "awq-5bit-w4g64": what goes into the name of a folder."""
+        if self.form is None:
+            return "w16"
+        target = ""
+        if self.target_bits is not None:
+            target = f"{self.target_bits:g}bit-"
+        if self.target_bytes is not None:
+            target = f"{self.target_bytes / 1e6:g}MB-"
+        return f"{self.method}-{target}{self.form.label}" + ("-best" if self.best else "")
 
 
 PRESETS: Mapping[str, Scheme] = {
+    "auto": Scheme(target_bits=5.0),
     "W4A16": Scheme(),
     "W4A16-g32": Scheme(group_size=32),
     "W4A16-g128": Scheme(group_size=128),

@@ -53,12 +53,21 @@ class ServeConfig:
     )
     quantization: str = _setting(
         "Model",
-        "awq",
+        "auto",
         "how an unquantized model is quantized before serving",
-        choices=("awq", "gptq", "awq+gptq", "rtn", "none"),
+        choices=("auto", "awq", "gptq", "awq+gptq", "rtn", "smoothquant", "smoothquant+gptq", "fp8", "none"),
     )
-    bits: int = _setting("Model", 4, "bits per weight", low=2, high=8)
-    group_size: int = _setting("Model", 64, "weights that share a scale", low=1, high=65536)
+    bits: int = _setting("Model", 0, "bits per weight; 0 takes what the method does best", low=0, high=8)
+    group_size: int = _setting(
+        "Model", 0, "weights that share a scale; 0 takes what the method does best", low=0, high=65536
+    )
+    target_bits: float = _setting(
+        "Model",
+        0.0,
+        "choose the bits of each linear, so many on average; 0: all alike",
+        low=0,
+        high=16,
+    )
     symmetric: bool = _setting("Model", False, "quantize without zero points")
     calibration: str | None = _setting(
         "Model", None, ".txt or .jsonl to calibrate on; else text of the model itself"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nybble
 from nybble.config import ServeConfig
@@ -53,14 +53,17 @@ def quantized(directory: Path) -> bool:
 
 def scheme_of(config: ServeConfig) -> Scheme:
     """How an unquantized model is quantized before it is served."""
-    from nybble_quantizers.scheme import Scheme
+    from nybble_quantizers.scheme import preset
 
-    return Scheme(
-        method=config.quantization,  # type: ignore[arg-type]  # the config has checked it
-        bits=config.bits,
-        group_size=config.group_size,
-        symmetric=config.symmetric,
-    )
+    chosen = {"bits": config.bits, "group_size": config.group_size, "target_bits": config.target_bits}
+    given: dict[str, Any] = {name: value for name, value in chosen.items() if value}
+    given |= {"symmetric": True} if config.symmetric else {}
+    if config.quantization == "auto":
+        return preset("W4A16", **given) if given else preset("auto")
+    if config.quantization == "fp8":
+        return preset("FP8", **given)
+    smooths = config.quantization.startswith("smoothquant")
+    return preset("W8A8" if smooths else "W4A16", method=config.quantization, **given)
 
 
 def _quantize(

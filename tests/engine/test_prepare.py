@@ -10,7 +10,7 @@ import pytest
 
 from nybble import prepare as preparation
 from nybble.config import ServeConfig
-from nybble.prepare import prepare
+from nybble.prepare import prepare, scheme_of
 from nybble_quantizers import pipeline
 from support_checkpoint import write_checkpoint
 
@@ -57,3 +57,19 @@ def test_the_folder_is_named_after_what_is_in_it(tmp_path: Path) -> None:
     assert made.name.startswith("plain-rtn-w4g32-sym-")
     again, _ = prepare(config(tmp_path, symmetric=True), lambda phase, part: None)
     assert again == made
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({}, "awq-5bit-w4g64"),
+        ({"bits": 3}, "awq-w3g64"),
+        ({"group_size": 128, "symmetric": True}, "awq-w4g128-sym"),
+        ({"quantization": "gptq", "target_bits": 4.5}, "gptq-4.5bit-w4g64"),
+        ({"quantization": "smoothquant+gptq"}, "smoothquant+gptq-w8a8"),
+        ({"quantization": "fp8"}, "rtn-fp8"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_settings_are_a_scheme(settings: dict[str, Any], label: str) -> None:
+    assert scheme_of(ServeConfig(**settings)).label == label

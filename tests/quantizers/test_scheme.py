@@ -36,6 +36,10 @@ def test_nonsense_is_refused_in_one_line(wrong: dict[str, Any]) -> None:
         (Scheme(method="rtn", group_size=128, symmetric=True), "rtn-w4g128-sym"),
         (Scheme(group_size=-1), "awq-w4channel"),
         (Scheme(method="none"), "w16"),
+        (Scheme(target_bits=5.0), "awq-5bit-w4g64"),
+        (Scheme(method="gptq", target_bytes=80_000_000, best=True), "gptq-80MB-w4g64-best"),
+        (preset("W8A8"), "smoothquant-w8a8"),
+        (preset("FP8-static"), "rtn-fp8-static"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
