@@ -6,8 +6,9 @@
     quality.py --table --weights DIR                 the tables of OPT and Llama-2, all windows
     quality.py ... --save                            append to results/quality.jsonl
 
-What is measured, and how, is `nybble eval`'s. `--windows 12` takes twelve windows evenly spaced over the text
-(0: all). Every quantized model is made anew, unless `--keep` names a folder that has it.
+What is measured, and how, is `nybble eval`'s. `--windows 12` takes twelve of the n windows of the text, every
+(n // 12)th from the first on (0: all). Every quantized model is made anew, unless the folder of `--keep` has
+one of the same source, scheme and calibration text.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from nybble.evaluation.model import Model
 from nybble.evaluation.wikitext import fetch_wikitext
 from nybble_models.errors import ModelError
 from nybble_models.hub import fetch, name_of
+from nybble_quantizers.journal import fingerprint, key_of
 from nybble_quantizers.pipeline import quantize
 from nybble_quantizers.scheme import Scheme
 
@@ -46,7 +48,7 @@ TABLE_METHODS: dict[str, Row] = {
     "none": {},
     "gptq": W4,
     "awq": W4,
-    "smoothquant": {"bits": 8, "group_size": -1, "symmetric": True},
+    "smoothquant": {"bits": 8, "group_size": -1, "symmetric": True, "inputs": "token"},
 }
 TABLES = {  # WikiText-2, all windows of 2048: unquantized (GPTQ's and AWQ's papers), and the figures to beat
     "opt-1.3b": (14.63, 16.15, 14.92, 14.82),
@@ -127,8 +129,7 @@ class Subject:
         parent = self.options.keep or self._config("").cache_path
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".quality-", dir=parent) as fleeting:
-            kept = self.options.keep and parent / f"{name_of(str(self.source))}-{scheme.label}"
-            target = kept or Path(fleeting) / "model"
+            target = parent / self._name(scheme) if self.options.keep else Path(fleeting) / "model"
             if not target.exists():
                 quantize(
                     self.source,
@@ -138,6 +139,11 @@ class Subject:
                     evaluation=self.options.text,
                 )
             yield target
+
+    def _name(self, scheme: Scheme) -> str:
+        """Another source, scheme or calibration text is another name."""
+        key = key_of(self.source, scheme, fingerprint(self.options.calibration))[:8]
+        return f"{name_of(str(self.source))}-{scheme.label}-{key}"
 
     def _row(self, method: str, result: Result, started: float) -> Row:
         figures = {name: rounded(value) for name, value in result.figures().items()}
@@ -263,9 +269,7 @@ def parse() -> argparse.Namespace:
         metavar="NAME=VALUE",
         help="of the Scheme, as samples=64",
     )
-    parser.add_argument(
-        "--windows", type=int, help=f"evenly spaced; 0: all (default {WINDOWS}, of --table 0)"
-    )
+    parser.add_argument("--windows", type=int, help=f"of the text; 0: all (default {WINDOWS}, of --table 0)")
     parser.add_argument("--length", type=int, help="tokens in a window (default 2048, or all positions)")
     parser.add_argument("--engine", choices=("serve", "decode", "reference"), default="reference")
     parser.add_argument("--kernels", default="auto", help="with --engine serve: as for nybble serve")

@@ -171,7 +171,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration", type=Path, help="with --text: a UTF-8 text")
     parser.add_argument("--samples", type=int, default=16, help="with --text: windows of calibration")
     parser.add_argument("--length", type=int, default=256, help="tokens in a window of calibration")
-    parser.add_argument("--windows", type=int, default=12, help="with --text: evenly spaced; 0: all")
+    parser.add_argument("--windows", type=int, default=12, help="with --text: how many; 0: all")
     parser.add_argument("--eval-length", type=int, default=2048, help="with --text: tokens in such a window")
     parser.add_argument("--forms", nargs="+", choices=tuple(BY_FORM), default=list(BY_FORM))
     parser.add_argument("--group", type=int, default=32)

@@ -78,6 +78,10 @@ class Checkpoint:
             ) from None
         return tensor
 
+    def release(self) -> None:
+        """Let go of the files: pages of them that were read count as memory of the process until then."""
+        self._shards.clear()
+
     def levels(self, name: str) -> None:
         """Numbers only: what levels are made of has several names, and a codec reads them."""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nybble_models.formats.form import Form
-from nybble_quantizers import rtn
+from nybble_quantizers import rounding, rtn
 from nybble_quantizers.workers import Map, in_turn
 
 STRIDE = 4
@@ -90,8 +90,7 @@ def magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
 
 def scaled_rounding(weight: Tensor, scale: Tensor, form: Form) -> Tensor:
     """Q(W · s) / s: what the layer would compute with, in terms of the unscaled input."""
-    group = form.group(weight.shape[1])
-    return rtn.fake(weight * scale, form.bits, group, form.symmetric).div_(scale)
+    return rounding.fake(weight * scale, form).div_(scale)
 
 
 def energy(weight: Tensor, gram: Tensor) -> float:

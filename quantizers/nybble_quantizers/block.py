@@ -59,16 +59,6 @@ class Finding:
 
 
 @torch.inference_mode()
-def quantize_block(
-    block: Block, scene: Scene, scheme: Scheme, forms: Mapping[str, Form], run: Map = in_turn
-) -> tuple[Block, Block, dict[str, Finding]]:
-    """(the folded block in float, the same with linears in their `forms`, what was chosen for each)."""
-    block, scales = fold_block(block, scene, scheme, forms, run)
-    quantized, rounding = round_block(block, scene, forms, scheme.clip, run)
-    return block, quantized, merged(scales, rounding)
-
-
-@torch.inference_mode()
 def round_block(
     block: Block, scene: Scene, forms: Mapping[str, Form], clip: bool, run: Map = in_turn
 ) -> tuple[Block, dict[str, Finding]]:

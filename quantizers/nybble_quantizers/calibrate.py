@@ -13,6 +13,8 @@ from torch import Tensor
 from nybble_models.errors import ModelError
 from nybble_quantizers import overlap
 from nybble_quantizers.corpus import read_documents
+from nybble_quantizers.hessian import hessian
+from nybble_quantizers.workers import Map, in_turn
 
 SCARCE = 4  # a file with fewer than 1 / SCARCE of the windows asked for is refused
 
@@ -74,12 +76,11 @@ def refuse_overlap(calibration: Path, evaluation: Path) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What one linear read of one window: the input [T, K], mean and largest |x| [K], and XᵀX [K, K]."""
+    """What one linear read of one window: the input [T, K], mean and largest |x| [K]."""
 
     rows: Tensor
     mean: Tensor
     peak: Tensor
-    gram: Tensor
 
 
 class Observation(dict[str, Seen]):
@@ -87,7 +88,7 @@ class Observation(dict[str, Seen]):
 
     def observe(self, projection: str, x: Tensor) -> None:
         size = x.abs()
-        self[projection] = Seen(x, size.mean(0), size.amax(0), x.T @ x)
+        self[projection] = Seen(x, size.mean(0), size.amax(0))
 
 
 @dataclass(eq=False)
@@ -105,18 +106,24 @@ class Inputs:
     rows: dict[str, list[Tensor]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
-    def add(self, window: Observation) -> None:
-        for projection, seen in window.items():
-            before = self.tokens.get(projection, 0)
-            total = before + len(seen.rows)
-            if before == 0:
-                self.mean[projection], self.gram[projection] = seen.mean.clone(), seen.gram.clone()
-                self.peak[projection] = seen.peak.clone()
-            else:
-                self.mean[projection] += (seen.mean - self.mean[projection]) * (len(seen.rows) / total)
-                self.gram[projection] += seen.gram
-                self.peak[projection] = torch.maximum(self.peak[projection], seen.peak)
-            rows = self.rows.setdefault(projection, [])
-            if len(rows) < self.kept:
-                rows.append(seen.rows)
-            self.tokens[projection] = total
+    def add(self, *windows: Observation, run: Map = in_turn) -> None:
+        for window in windows:
+            for projection, seen in window.items():
+                self._add(projection, seen)
+        for projection in dict.fromkeys(name for window in windows for name in window):
+            gram = hessian([window[projection].rows for window in windows], run)
+            before = self.gram.get(projection)
+            self.gram[projection] = gram if before is None else before.add_(gram)
+
+    def _add(self, projection: str, seen: Seen) -> None:
+        before = self.tokens.get(projection, 0)
+        total = before + len(seen.rows)
+        if before == 0:
+            self.mean[projection], self.peak[projection] = seen.mean.clone(), seen.peak.clone()
+        else:
+            self.mean[projection] += (seen.mean - self.mean[projection]) * (len(seen.rows) / total)
+            self.peak[projection] = torch.maximum(self.peak[projection], seen.peak)
+        rows = self.rows.setdefault(projection, [])
+        if len(rows) < self.kept:
+            rows.append(seen.rows)
+        self.tokens[projection] = total

@@ -16,6 +16,7 @@ from nybble_models.decoder import Decoder
 from nybble_models.loader import Loader
 from nybble_models.weights import Block, Weights
 from nybble_models.window import Window
+from nybble_quantizers.windows import Windows
 
 FILE = "canary.json"
 LENGTH = 32  # tokens of a prompt that are compared
@@ -49,10 +50,11 @@ class Canary:
         ids = [tokenizer.encode(prompt).ids[: min(LENGTH, spec.max_positions)] for prompt in PROMPTS]
         self.prompts = [torch.tensor(each) for each in ids if len(each) > 1]
         weights = Weights(
-            dense(loader.embed()), loader.positions(), [Block()] * spec.num_layers, loader.final_norm(), None
+            loader.embed(), loader.positions(), [Block()] * spec.num_layers, loader.final_norm(), None
         )
         self.decoder = Decoder(spec, weights)
         self.states: list[Tensor] = [self.decoder.embed(prompt) for prompt in self.prompts]
+        weights.embed = torch.empty(0, spec.hidden_size)  # read again when the last states are judged
 
     def advance(self, layer: int, block: Block) -> None:
         """Past a block in float32."""
@@ -61,18 +63,22 @@ class Canary:
         self.states = [self.decoder.block(layer, x, Window(self.loader.spec)) for x in self.states]
         blocks[layer] = Block()
 
-    def kept(self) -> dict[str, Tensor]:
+    def kept(self) -> dict[str, Windows]:
         """All that the next block needs to know of the blocks before it."""
-        return {f"canary.{i}": state for i, state in enumerate(self.states)}
+        return {f"canary.{i}": Windows(state[None]) for i, state in enumerate(self.states)}
 
-    def restore(self, kept: Mapping[str, Tensor]) -> None:
-        self.states = [kept[f"canary.{i}"] for i in range(len(self.prompts))]
+    def restore(self, kept: Mapping[str, Windows]) -> None:
+        self.states = [kept[f"canary.{i}"][0] for i in range(len(self.prompts))]
 
     def write(self, folder: Path) -> None:
         """After the last block: token ids, and the likeliest next tokens of each, with natural logarithms."""
-        self.decoder.weights.head = self.loader.head()
+        weights = self.decoder.weights
+        weights.head = self.loader.head()
+        if weights.head is None:
+            weights.embed = dense(self.loader.embed())
         rows = [self._row(prompt, state) for prompt, state in zip(self.prompts, self.states, strict=True)]
         write_json(folder / FILE, {"reference": "unquantized, float32", "prompts": rows})
+        weights.embed, weights.head = torch.empty(0, self.loader.spec.hidden_size), None
 
     def _row(self, prompt: Tensor, state: Tensor) -> dict[str, Any]:
         logits = self.decoder.logits(state[:-1]).log_softmax(-1)

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nybble_models.checkpoint import Checkpoint, read_json, write_json
-from nybble_quantizers import canary, sums
+from nybble_models.errors import BrokenCheckpoint
+from nybble_quantizers import canary, card, papers, sums
 from nybble_quantizers.contents import Contents
+from nybble_quantizers.origin import copy_licence
 
 log = logging.getLogger("nybble.convert")
 
@@ -17,10 +19,11 @@ REPORT = "quant_report.json"
 
 
 def write(source: Path, folder: Path, format: str, sizes: Mapping[str, int], parameters: int) -> None:
-    """The canary as it is; the report with the sizes of the new files; and the sums of all of them.
+    """Licence and canary as they are; the report with the sizes of the new files, its card; the sums of all.
 
     Errors and qualities that the report states are of the weights, which have not changed.
     """
+    copy_licence(source, folder)
     if (source / canary.FILE).is_file():
         shutil.copyfile(source / canary.FILE, folder / canary.FILE)
     if (source / REPORT).is_file():
@@ -40,4 +43,9 @@ def _report(source: Path, folder: Path, format: str, sizes: Mapping[str, int], p
         return
     report["bytes"] = dict(sizes)
     report["bits_per_weight"] = 8 * sum(sizes.values()) / parameters
+    report["command"] = f"{report.get('command', '')}  # then nybble convert --format {format}".lstrip()
     write_json(folder / REPORT, report)
+    try:
+        card.write(folder, papers.read(folder))
+    except BrokenCheckpoint as error:
+        log.warning("no model card is written: %s", error)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatch
 
 from torch import Tensor
 
+from nybble_models.errors import ModelError
 from nybble_models.families import Family
 from nybble_models.formats.container import Container
 from nybble_models.formats.form import CHANNEL, Form
@@ -16,13 +18,14 @@ from nybble_models.spec import ModelSpec
 from nybble_quantizers import mixed, sensitivity
 from nybble_quantizers.override import apply, parse_override
 from nybble_quantizers.scheme import Scheme
+from nybble_quantizers.selection import EIGHT, linear_names
 from nybble_quantizers.units import Unit, block_units, by_name, end_units
 from nybble_quantizers.workers import Map, in_turn
 
 log = logging.getLogger("nybble.quantize")
 
 WIDTHS = (3, 4)  # with the scheme's groups; and 8 bits, and 16: what a target chooses from
-EIGHT = Form(8, CHANNEL, symmetric=True)  # groups gain nothing where levels are this fine
+GROUPS = (32, 16, CHANNEL)  # where inputs are no multiple of the scheme's group
 WINDOWS = 4  # more choose no better: on SmolLM2-135M the sums of eight and of four agree within 1 %
 END_WIDTHS = (4, 6, 8)  # of an embedding or a head: a level of 3 bits in a row of a vocabulary is noise
 
@@ -30,19 +33,64 @@ Chosen = Mapping[Unit, Form | None]
 
 
 def said(scheme: Scheme, spec: ModelSpec, family: Family) -> dict[Unit, Form | None]:
-    """What the scheme says of each unit, a target aside; of the ends only where it rounds them."""
+    """What the scheme says of each unit, a target aside; of the ends only where it rounds them.
+
+    Raises `ModelError` for a pattern that matches nothing, for an override that cannot be stored, and for a
+    target that no choice meets.
+    """
+    _check_skips(scheme, spec, family)
     base = scheme.form
     if base is None:
         return {}
     units = (*block_units(spec), *(end_units(spec) if scheme.ends else ()))
-    chosen: dict[Unit, Form | None] = {unit: base if unit.layer is not None else _end(base) for unit in units}
-    named = apply([parse_override(text) for text in scheme.overrides], units, family, base)
+    chosen: dict[Unit, Form | None] = {unit: _usual(unit, scheme, spec, base) for unit in units}
+    named = _named(scheme, spec, family, units, base)
+    if scheme.mixes:
+        _check_target(scheme, spec, _menus(scheme, spec, family, chosen | named, named))
     return chosen | named
 
 
-def _end(base: Form) -> Form:
-    """Four bits in an embedding cost more than they save."""
-    return replace(base, bits=8)
+def _check_skips(scheme: Scheme, spec: ModelSpec, family: Family) -> None:
+    names = [*linear_names(spec, family), family.embed, family.head]
+    for pattern in scheme.skip:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ModelError(f"{pattern!r} matches no linear", hint=f"a name is {names[0]}")
+
+
+def _usual(unit: Unit, scheme: Scheme, spec: ModelSpec, base: Form) -> Form:
+    """Four bits in an embedding cost more than they save. A target is met in the groups that fit."""
+    form = base if unit.layer is not None else replace(base, bits=8, inputs=None)
+    if not scheme.mixes:
+        return form
+    forms = [form, *(replace(form, group_size=size) for size in GROUPS)]
+    return next((each for each in forms if not _unfit(unit, each, scheme.container, spec)), form)
+
+
+def _unfit(unit: Unit, form: Form, container: Container, spec: ModelSpec) -> str | None:
+    """Why the container cannot hold the unit so."""
+    return next(filter(None, (container.fits(shape, form) for shape in unit.shapes(spec))), None)
+
+
+def _named(
+    scheme: Scheme, spec: ModelSpec, family: Family, units: Sequence[Unit], base: Form
+) -> dict[Unit, Form | None]:
+    """What overrides say, checked."""
+    named = apply([parse_override(text) for text in scheme.overrides], units, family, base)
+    for unit, form in named.items():
+        if form is None or _skipped(unit, scheme, family):
+            continue
+        scheme.check(form)
+        reason = _unfit(unit, form, scheme.container, spec)
+        if reason is not None:
+            raise ModelError(
+                f"{unit.names(family)[0]} cannot be {form.label}: {reason}", hint="change the override"
+            )
+    return named
+
+
+def _skipped(unit: Unit, scheme: Scheme, family: Family) -> bool:
+    """Partners of a skipped linear stay at 16 bits with it."""
+    return any(scheme.skips(name) for name in unit.names(family))
 
 
 def choose(
@@ -55,11 +103,7 @@ def choose(
     """
     spec, family = loader.spec, loader.family
     fixed = said(scheme, spec, family)
-    named = apply([parse_override(t) for t in scheme.overrides], tuple(fixed), family, scheme.form or Form())
-    menus: dict[Unit, Sequence[Form | None]] = {
-        unit: [form] if unit in named else _menu(unit, scheme, spec, container, form)
-        for unit, form in fixed.items()
-    }
+    menus = _menus(scheme, spec, family, fixed, _named(scheme, spec, family, tuple(fixed), scheme.form or Form()))
     budget = _budget(scheme, spec, tuple(menus))
     costs = sensitivity.measure(loader, tokens[:WINDOWS], menus, seed, run)
     found = mixed.allocate(costs, mixed.sizes(spec, menus), budget)
@@ -68,17 +112,39 @@ def choose(
     return by_name(family, found)
 
 
+def _menus(
+    scheme: Scheme, spec: ModelSpec, family: Family, forms: Chosen, named: Chosen
+) -> dict[Unit, list[Form | None]]:
+    """What a target chooses from: of a skipped unit 16 bits alone, of a named one what is said of it."""
+    menus: dict[Unit, list[Form | None]] = {}
+    for unit, form in forms.items():
+        if _skipped(unit, scheme, family):
+            menus[unit] = [None]
+        else:
+            menus[unit] = [form] if unit in named else _menu(unit, spec, scheme.container, form)
+    return menus
+
+
+def _check_target(scheme: Scheme, spec: ModelSpec, menus: Mapping[Unit, list[Form | None]]) -> None:
+    """Before anything is measured."""
+    budget = _budget(scheme, spec, tuple(menus))
+    mixed.check_budget(mixed.sizes(spec, menus), budget)
+    plain = sum(unit.nbytes(spec, None) for unit in menus)
+    if budget >= plain and all(None in menu for menu in menus.values()):
+        raise ModelError(
+            f"{budget:,} bytes hold all {plain:,} at 16 bits: nothing would be rounded", hint="lower the target"
+        )
+
+
 def _budget(scheme: Scheme, spec: ModelSpec, units: Sequence[Unit]) -> int:
     if scheme.target_bytes is not None:
         return scheme.target_bytes
     return mixed.byte_budget(scheme.target_bits or 16, spec, units)
 
 
-def _menu(
-    unit: Unit, scheme: Scheme, spec: ModelSpec, container: Container, form: Form | None
-) -> list[Form | None]:
+def _menu(unit: Unit, spec: ModelSpec, container: Container, form: Form | None) -> list[Form | None]:
     """Forms that the container can hold, and 16 bits."""
     widths = WIDTHS if unit.layer is not None else END_WIDTHS
     forms = [replace(form or Form(), bits=bits) for bits in widths]
     forms += [EIGHT] if unit.layer is not None else []
-    return [f for f in forms if all(container.fits(s, f) is None for s in unit.shapes(spec))] + [None]
+    return [f for f in forms if _unfit(unit, f, container, spec) is None] + [None]

@@ -13,6 +13,7 @@ from nybble_models.checkpoint import Checkpoint
 from nybble_models.errors import BrokenCheckpoint, ModelError
 from nybble_models.families import Family
 from nybble_models.formats.codec import Codec
+from nybble_models.formats.config_groups import activations_of
 from nybble_models.formats.overrides import for_linear
 from nybble_models.loader import CODECS
 from nybble_models.spec import ModelSpec
@@ -131,8 +132,9 @@ class Contents:
 
 
 def _stored(codec: Codec, tensors: dict[str, Tensor], settings: Settings) -> Stored:
-    """Raises `BrokenCheckpoint` for tensors that mean no finite weight."""
+    """Raises `BrokenCheckpoint` for tensors that mean no finite weight, or lack a scale of inputs."""
     weight = codec.decode(tensors, settings)
+    activations_of(settings, tensors)
     if not bool(weight.scales.isfinite().all()):
         raise BrokenCheckpoint("its scales hold NaN or infinity")
     bits = weight.bits if isinstance(weight, QuantizedTensor) else 8

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nybble_kernels.quantized import QuantizedTensor, dense
+from nybble_kernels.quantized import QuantizedTensor, Weight, dense
 from nybble_models.checkpoint import Checkpoint, write_json
 from nybble_models.errors import ModelError
 from nybble_models.formats.codec import form_of
@@ -42,7 +42,7 @@ ROOM = 256  # outputs, and groups of inputs, that every format's words divide
 class Conversion:
     """What was written. `folded`: act-orders of `down` that went into the rows of what feeds it."""
 
-    forms: Mapping[str, Form | None]  # of every linear, in order; None: a float matrix
+    forms: Mapping[str, Form | None]  # of every linear, in order, and of a packed end; None: a float matrix
     folded: int
     bytes: Mapping[str, int]
 
@@ -62,8 +62,9 @@ def convert(source: Path, out: Path, format: Format, tell: Tell = lambda phase, 
 
     Act-order of `down` becomes the order of the rows of `gate` and `up`. That of other linears has no rows to
     go to (their inputs are the stream, or heads of attention): GPTQ keeps it as g_idx, other formats cannot.
-    A linear whose width a format's words do not divide becomes a float matrix, its partners with it. Raises
-    `ModelError` in one line, naming the linear, where a value would change; then nothing is left behind.
+    A linear whose width a format's words do not divide becomes a float matrix, its partners with it, and so
+    does a rounded embedding or head but between files of compressed-tensors. Raises `ModelError` in one line,
+    naming the linear, where a value would change; then nothing is left behind.
     """
     run = _Run(source, format, tell)
     with appearing(out, run.needed(), key_of(source, "convert", format)) as folder:
@@ -92,7 +93,7 @@ class _Run:
         for layer in self._layers("convert"):
             block, forms = self._block(layer)
             shards.extend(writer.block(layer, block, forms))
-        shards.extend(writer.rest(self.loader))
+        shards.extend(writer.rest(self.loader, self._ends()))
         shards.close()
         write_json(folder / "config.json", self._config())
         carry_over(self.source, folder)
@@ -128,6 +129,28 @@ class _Run:
                 linears[p] = replace(linears[p], weight=dense(linears[p].weight))
             self.ordered |= _order(linears[p]) is not None
         return Block(linears, block.norms), forms
+
+    def _ends(self) -> dict[str, tuple[Linear, Form]]:
+        """Embedding and head as they will be stored, where they are packed. Names those that lose it."""
+        family, packed = self.loader.family, dict[str, tuple[Linear, Form]]()
+        for name, end in ((family.embed, Linear(self.loader.embed())), (family.head, self.loader.head())):
+            rounded = self.loader.codec_of(name) is not None
+            if end is None or not (rounded or isinstance(end.weight, QuantizedTensor)):
+                continue
+            form = self._end_form(name, end.weight) if rounded else None
+            if form is None:
+                log.warning("%s is stored as floats, which take more room: its levels do not move", name)
+            else:
+                packed[name] = end, form
+        self.names |= {name: form for name, (_, form) in packed.items()}
+        return packed
+
+    def _end_form(self, name: str, weight: Weight) -> Form | None:
+        if self.format != "compressed-tensors" or not isinstance(weight, QuantizedTensor):
+            return None
+        form = replace(form_of(weight), inputs=self._inputs(name))
+        held = self._refusal(weight, form) is None and self.target.fits(weight.shape, form) is None
+        return form if held else None
 
     def _form(self, name: str, linear: Linear) -> Form | None:
         """None for what is, or has to become, a float matrix. Raises `ModelError`."""

@@ -58,7 +58,7 @@ def read_documents(path: Path) -> list[str]:
         raise ModelError(f"cannot read {path}: {error}", hint="give a UTF-8 .txt or .jsonl file") from None
     if Path(path.name.removesuffix(".gz")).suffix not in LINES:
         return [text]
-    rows = enumerate(text.splitlines(), start=1)
+    rows = enumerate(text.split("\n"), start=1)  # a string may hold other ends of lines, as U+2028
     return [_text_of(line, path, number) for number, line in rows if line.strip()]
 
 

@@ -2,43 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 from torch import Tensor
 
+from nybble_quantizers.windows import Seen
 from nybble_quantizers.workers import Map, in_turn
 
+T = TypeVar("T")
+
 BAND = 256  # columns made at a time
+TOGETHER = 8  # windows in memory at the same time, where they come from a file or are made on the way
 
 
-def hessian(inputs: Sequence[Tensor], run: Map = in_turn) -> Tensor:
-    """XᵀX over all tokens [K, K]: windows [T, K], summed in their order.
+def hessian(inputs: Sequence[Tensor], run: Map = in_turn, which: range | None = None) -> Tensor:
+    """XᵀX over all tokens [K, K]: windows [T, K], summed in their order; of those numbered `which` if given.
 
     Half of it is computed, in bands of rows that start at the diagonal, and mirrored. Each band is one piece
     of work, so the sums do not depend on how many are made side by side.
     """
     width = inputs[0].shape[1]
     total = inputs[0].new_zeros(width, width)
+    for held in _parts(inputs, which or range(len(inputs)), run):
 
-    def band(first: int) -> None:
-        part = total[first : first + BAND, first:]
-        for x in inputs:
-            part.addmm_(x[:, first : first + BAND].T, x[:, first:])
+        def band(first: int, held: Sequence[Tensor] = held) -> None:
+            part = total[first : first + BAND, first:]
+            for x in held:
+                part.addmm_(x[:, first : first + BAND].T, x[:, first:])
 
-    run(band, range(0, width, BAND))
+        run(band, range(0, width, BAND))
     return total.triu_().add_(total.triu(1).T)
 
 
 def lack(
     wanted: Sequence[Tensor], found: Sequence[Tensor], inputs: Sequence[Tensor], run: Map = in_turn
 ) -> Tensor:
-    """Σ (wanted - found)ᵀ x over all tokens [N, K], of windows [T, N], [T, N] and [T, K] in their order."""
+    """Σ (wanted - found)ᵀ x over all tokens [N, K], of windows [T, N], [T, N] and [T, K] in their order.
+
+    `wanted` may hold fewer windows than the others: then over the tokens of the first ones.
+    """
     total = inputs[0].new_zeros(wanted[0].shape[1], inputs[0].shape[1])
+    missing = Seen(range(len(wanted)), lambda i: (wanted[i] - found[i], inputs[i]))
+    for held in _parts(missing, range(len(wanted)), run):
 
-    def band(first: int) -> None:
-        columns = slice(first, first + BAND)
-        for w, f, x in zip(wanted, found, inputs, strict=True):
-            total[columns].addmm_((w[:, columns] - f[:, columns]).T, x)
+        def band(first: int, held: Sequence[tuple[Tensor, Tensor]] = held) -> None:
+            columns = slice(first, first + BAND)
+            for missed, x in held:
+                total[columns].addmm_(missed[:, columns].T, x)
 
-    run(band, range(0, len(total), BAND))
+        run(band, range(0, len(total), BAND))
     return total
+
+
+def _parts(windows: Sequence[T], which: range, run: Map) -> Iterator[list[T]]:
+    """A few windows at a time."""
+    for first in range(0, len(which), TOGETHER):
+        yield run(windows.__getitem__, which[first : first + TOGETHER])

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from nybble_models.checkpoint import read_json, write_json
 from nybble_models.formats.form import Form
+from nybble_quantizers import windows
 from nybble_quantizers.calibrate import Calibration
 from nybble_quantizers.report import LayerReport, versions
+from nybble_quantizers.windows import Windows
 
 Stored = Mapping[str, tuple[str, Tensor]]
 """By full name: the kind ("linear", "norm", ...) and the tensor."""
@@ -68,11 +70,11 @@ class Journal:
         os.replace(unfinished, self.folder / "forms.json")
 
     def keep(
-        self, layer: int, stored: Stored, reports: list[LayerReport], states: Mapping[str, Tensor]
+        self, layer: int, stored: Stored, reports: list[LayerReport], states: Mapping[str, Windows]
     ) -> None:
         """A block is done. The states come first: a block without them could not be followed by another."""
         if states:
-            self._write(self._states(layer), states, {})
+            windows.save(self._states(layer), states)
         self._keep(self._block(layer), stored, reports)
         self._states(layer - 1).unlink(missing_ok=True)
 
@@ -109,9 +111,9 @@ class Journal:
             found: Tensor = file.get_tensor(name)
             return found
 
-    def states(self, layer: int) -> dict[str, Tensor]:
-        """As kept with block `layer`."""
-        return load_file(self._states(layer))
+    def states(self, layer: int) -> dict[str, Windows]:
+        """As kept with block `layer`, to be read window by window."""
+        return windows.load(self._states(layer))
 
     def reports(self, layer: int) -> list[LayerReport]:
         return [LayerReport(**row) for row in self._facts(self.final(layer))["reports"]]
@@ -148,6 +150,15 @@ class Journal:
     def _facts(self, path: Path) -> Any:
         with safe_open(path, framework="pt") as file:
             return json.loads(file.metadata()["facts"])
+
+
+def fingerprint(text: str | None) -> object:
+    """Of a calibration text as the user names it: what changes when the file does, or its name in the hub."""
+    path = None if text is None else Path(text).expanduser()
+    if path is None or not path.is_file():
+        return text
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns
 
 
 def key_of(source: Path, *settings: object) -> str:

@@ -40,6 +40,16 @@ def sizes(spec: ModelSpec, candidates: Mapping[Unit, Sequence[Form | None]]) -> 
     return {unit: {form: unit.nbytes(spec, form) for form in forms} for unit, forms in candidates.items()}
 
 
+def check_budget(nbytes: Sizes, budget: int) -> None:
+    """Raises `ModelError` when the smallest forms are too large."""
+    least = sum(min(of.values()) for of in nbytes.values())
+    if budget < least:
+        raise ModelError(
+            f"{budget:,} bytes for the weights are too few: the smallest forms take {least:,}",
+            hint="raise the target, or allow forms of fewer bits",
+        )
+
+
 def allocate(costs: Costs, nbytes: Sizes, budget: int) -> dict[Unit, Form | None]:
     """Minimises Σ costs[u][f(u)] over f with Σ nbytes[u][f(u)] <= budget, exactly.
 
@@ -50,11 +60,7 @@ def allocate(costs: Costs, nbytes: Sizes, budget: int) -> dict[Unit, Form | None
     """
     menus = [_menu(costs[unit], nbytes[unit]) for unit in costs]
     least = np.cumsum([0, *(menu.nbytes[0] for menu in reversed(menus))])[::-1]
-    if budget < least[0]:
-        raise ModelError(
-            f"{budget:,} bytes for the weights are too few: the smallest forms take {least[0]:,}",
-            hint="raise the target, or allow forms of fewer bits",
-        )
+    check_budget(nbytes, budget)
     bounds = [_Bound(menus[first:]) for first in range(len(menus) + 1)]
     limit = _greedy(menus, budget) + SLACK * sum(abs(menu.costs[0]) for menu in menus)
     taken, cost = np.zeros(1, np.int64), np.zeros(1)

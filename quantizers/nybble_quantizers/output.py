@@ -51,6 +51,9 @@ def appearing(out: Path, needed: int, key: str) -> Iterator[Path]:
 
 def _sibling(out: Path, needed: int, key: str) -> Path:
     folder = out.parent / f".{out.name}.partial-{key}"
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise ModelError(f"{above} is a file", hint="choose a folder that is not below it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out, folder)

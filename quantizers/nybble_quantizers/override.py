@@ -73,7 +73,9 @@ def apply(
             example = next(iter(names.values()))[0]
             raise ModelError(f"{override.pattern!r} matches no linear", hint=f"a name is {example}")
         last |= dict.fromkeys(matched, override)
-    chosen = {unit: [_form(last.get(name), base) for name in of_unit] for unit, of_unit in names.items()}
+    chosen = {
+        unit: [_form(last.get(name), _base(unit, base)) for name in of_unit] for unit, of_unit in names.items()
+    }
     for unit, forms in chosen.items():
         if len(set(forms)) > 1:
             raise ModelError(
@@ -81,6 +83,11 @@ def apply(
                 hint="give overrides that match all of them",
             )
     return {unit: forms[0] for unit, forms in chosen.items() if any(name in last for name in names[unit])}
+
+
+def _base(unit: Unit, base: Form) -> Form:
+    """What an embedding and a head read is never rounded."""
+    return base if unit.layer is not None else replace(base, inputs=None)
 
 
 def _form(override: Override | None, base: Form) -> Form | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from typing import Any
 import torch
 
 from nybble_kernels.quantized import dense
-from nybble_models.checkpoint import write_json
-from nybble_models.errors import ModelError
+from nybble_models.checkpoint import Checkpoint, write_json
+from nybble_models.errors import BrokenCheckpoint, ModelError
 from nybble_models.formats.form import Form
 from nybble_models.hub import open_source
 from nybble_models.loader import Loader
@@ -23,9 +24,10 @@ from nybble_quantizers.block import Finding
 from nybble_quantizers.calibrate import Calibration, refuse_overlap
 from nybble_quantizers.canary import Canary
 from nybble_quantizers.choosing import choose, said
-from nybble_quantizers.corpus import locate
+from nybble_quantizers.corpus import locate, read_documents
+from nybble_quantizers.estimate import Estimate, estimate, measured_rate
 from nybble_quantizers.folding import float_weight
-from nybble_quantizers.journal import Journal, key_of
+from nybble_quantizers.journal import Journal, fingerprint, key_of
 from nybble_quantizers.origin import copy_licence, origin
 from nybble_quantizers.output import ShardWriter, appearing
 from nybble_quantizers.report import (
@@ -43,10 +45,13 @@ from nybble_quantizers.stream import Stream, calibration_for, read_block
 from nybble_quantizers.teaching import report_again, teach, whole_block
 from nybble_quantizers.tokenizing import carry_over, load_tokenizer
 from nybble_quantizers.units import by_name
+from nybble_quantizers.windows import in_memory, spilled_to
 from nybble_quantizers.workers import Map, side_by_side
 from nybble_quantizers.writer import ModelWriter
 
 log = logging.getLogger("nybble.quantize")
+
+LAST_SEED = 2**31 - 1
 
 
 @torch.inference_mode()
@@ -59,20 +64,34 @@ def quantize(
     evaluation: Path | None = None,
     seed: int = 0,
     progress: Listener | None = None,
-    command: str | None = None,
+    command: str = "",
+    memory: int | None = None,
 ) -> QuantReport:
     """Write `source` (a folder or a .gguf file), quantized by `scheme`, as the new folder `out`.
 
     Without a calibration file the model writes its own text; one that shares runs of words with the file
     `evaluation` is refused. The same arguments make the same bytes, also where a run was killed and the same
-    arguments are given again: finished blocks are kept beside `out`. Raises `ModelError` in one line, and
-    then nothing is left behind.
+    arguments are given again: finished blocks are kept beside `out`. `memory` bytes are kept to, by what is
+    estimated: the text's states go to files where they do not fit, which changes no byte. Raises `ModelError`
+    in one line, and then nothing is left behind.
     """
-    run = _Run(Path(source), scheme, calibration, evaluation, seed, progress or (lambda event: None))
-    with appearing(out, run.disk, run.key) as folder:
-        report = run.write(folder, " ".join(sys.argv) if command is None else command)
+    run = _Run(Path(source), scheme, calibration, evaluation, seed, progress or (lambda event: None), memory)
+    if memory is not None:
+        run.estimate.check(memory)
+    run.check()
+    with appearing(out, run.estimate.disk, run.key) as folder:
+        report = run.write(folder, command)
         papers.write(folder, report)
     return report
+
+
+def foresee(
+    source: Path | str, scheme: Scheme, *, calibration: str | None = None, memory: int | None = None
+) -> Estimate:
+    """What `quantize` with these arguments will need. Reads settings and heads of files, writes nothing."""
+    run = _Run(Path(source), scheme, calibration, None, 0, lambda event: None, memory)
+    given, spec = calibration is not None, run.loader.spec
+    return estimate(spec, scheme, run.selection, given=given, budget=memory, rate=measured_rate())
 
 
 class _Run:
@@ -86,7 +105,10 @@ class _Run:
         evaluation: Path | None,
         seed: int,
         tell: Listener,
+        memory: int | None,
     ) -> None:
+        if not 0 <= seed <= LAST_SEED:
+            raise ModelError(f"seed is {seed}", hint=f"give 0 to {LAST_SEED}")
         self.source = source
         self.scheme = scheme
         self.calibration = calibration
@@ -101,17 +123,21 @@ class _Run:
         self.selection: Selection = select(
             spec, family, scheme, self.container, by_name(family, said(scheme, spec, family))
         )
-        self.key = key_of(source, scheme, _fingerprint(calibration), seed)
+        given = calibration is not None
+        self.estimate = estimate(spec, scheme, self.selection, given=given, budget=memory)
+        self.key = key_of(source, scheme, fingerprint(calibration), seed)
         skipped = self.selection.skipped
         if skipped and scheme.method != "none":
             log.warning("%d linears stay at 16 bits, the first is %s", len(skipped), skipped[0])
 
-    @property
-    def disk(self) -> int:
-        """Bytes for the journal and what is made of it: blocks twice, and two sets of states."""
-        scheme, spec = self.scheme, self.loader.spec
-        text = scheme.samples * min(scheme.length, spec.max_positions) if scheme.reads else 0
-        return 2 * self.selection.nbytes + 2 * 4 * text * spec.hidden_size
+    def check(self) -> None:
+        """What can be refused before anything is written. Raises `ModelError`."""
+        if self.evaluation is None:
+            return
+        if self.calibration is not None and self.scheme.reads:
+            refuse_overlap(locate(self.calibration), self.evaluation)
+        else:
+            read_documents(self.evaluation)
 
     def write(self, folder: Path, command: str) -> QuantReport:
         journal = Journal(folder / "journal")
@@ -204,7 +230,8 @@ class _Run:
                 continue
             whole = Linear(dense(loader.embed())) if name == loader.family.embed else loader.head()
             assert whole is not None
-            rounded = Linear(nearest(float_weight(whole), form))
+            with _rounding(name):
+                rounded = Linear(nearest(float_weight(whole), form))
             made[name] = rounded, form
             reports.append(layer_report(name, whole, rounded, Finding()))
         return made, reports
@@ -219,7 +246,8 @@ class _Run:
     ) -> None:
         """Quantize every block that is not done yet."""
         watched = calibration if self.scheme.watches else None
-        stream = None if watched is None else Stream(self.loader, watched, self.scheme, run)
+        place = spilled_to(journal.folder) if self.estimate.spilled else in_memory
+        stream = None if watched is None else Stream(self.loader, watched, self.scheme, run, place)
         passing: list[Stream | Canary] = [each for each in (stream, canary) if each is not None]
         total, first = self.loader.spec.num_layers, journal.done(stateful=bool(passing))
         if first:
@@ -230,10 +258,11 @@ class _Run:
         for layer in range(first, total):
             block, forms = read_block(self.loader, layer), self.selection.forms[layer]
             findings: dict[str, Finding] = {}
-            if stream is None:
-                folded, quantized = block, self._nearest(block, forms)
-            else:
-                folded, quantized, findings = stream.advance(layer, block, forms)
+            with _rounding(f"layer {layer}"):
+                if stream is None:
+                    folded, quantized = block, self._nearest(layer, block, forms)
+                else:
+                    folded, quantized, findings = stream.advance(layer, block, forms)
             if canary is not None:
                 canary.advance(layer, block)
             reports = self._reports(layer, folded, quantized, findings)
@@ -241,6 +270,8 @@ class _Run:
             if self.scheme.best:
                 journal.keep_whole(layer, {p: float_weight(folded.linears[p]) for p in forms})
             journal.keep(layer, writer.block(layer, quantized, forms), reports, states)
+            if isinstance(self.loader.source, Checkpoint):
+                self.loader.source.release()
             left = (time.monotonic() - started) / (layer + 1 - first) * (total - layer - 1)
             self.tell(QuantizeProgress("quantize", layer + 1, total, left, tuple(reports)))
 
@@ -263,16 +294,15 @@ class _Run:
         if kept is not None:
             return kept
         file, seed = self.calibration, self.seed
-        if self.evaluation is not None and file is not None:
-            refuse_overlap(locate(file), self.evaluation)
         found = calibration_for(self.source, self.loader, self.scheme, file, seed, self.tell, run)
         journal.keep_calibration(found)
         return found
 
-    def _nearest(self, block: Block, forms: Forms) -> Block:
+    def _nearest(self, layer: int, block: Block, forms: Forms) -> Block:
         linears = dict(block.linears)
         for p, form in forms.items():
-            rounded = nearest(float_weight(linears[p]), form)
+            with _rounding(self.loader.family.projections[p].format(i=layer)):
+                rounded = nearest(float_weight(linears[p]), form)
             linears[p] = Linear(rounded, linears[p].bias, tokenwise(form))
         return Block(linears, block.norms)
 
@@ -285,9 +315,10 @@ class _Run:
         return config
 
 
-def _fingerprint(path: str | None) -> object:
-    """What changes when a file does."""
-    if path is None or not Path(path).is_file():
-        return path
-    found = Path(path).stat()
-    return path, found.st_size, found.st_mtime_ns
+@contextmanager
+def _rounding(part: str) -> Iterator[None]:
+    """Says which part of the model holds numbers that cannot be rounded."""
+    try:
+        yield
+    except ValueError as error:
+        raise BrokenCheckpoint(f"{part}: {error}", hint="is the checkpoint damaged? fetch it again") from None

@@ -19,8 +19,8 @@ Method = Literal["awq", "gptq", "awq+gptq", "smoothquant", "smoothquant+gptq", "
 class Scheme:
     """`samples` windows of `length` tokens calibrate AWQ and GPTQ; `grid` is how many ratios AWQ tries.
 
-    `skip` holds shell patterns of linears that stay 16-bit ("*.down_proj", "model.layers.0.*"). `format` is
-    a name of `CONTAINERS`, or "auto": AWQ where it can hold the form, else compressed-tensors. `overrides`
+    `skip` holds shell patterns of linears that stay 16-bit ("*.down_proj", "model.layers.0.*"), also where an
+    override or a target says otherwise. `format` is a name of `CONTAINERS`, or "auto": AWQ where it can hold the form, else compressed-tensors. `overrides`
     are "PATTERN=FORM" (see `override`). With `target_bits` a weight, scales and zeros included, or
     `target_bytes`, the bits of each linear are chosen. `ends`: the embedding and the head are rounded too.
     `kind` "float" is FP8 (E4M3). `inputs`: activations are rounded to 8 bits of the same kind, with a scale a
@@ -58,6 +58,17 @@ class Scheme:
             raise ModelError(
                 f"method {self.method!r} is unknown", hint=f"known: {', '.join(get_args(Method))}"
             )
+        limits = {
+            "bits": (2, 8),
+            "samples": (1, 65536),
+            "length": (2, 1 << 20),
+            "grid": (1, 1000),
+            "steps": (1, 100000),
+            "damp": (0, 1),
+        }
+        for name, (low, high) in limits.items():
+            if not low <= getattr(self, name) <= high:
+                raise ModelError(f"{name} is {getattr(self, name)}", hint=f"give {low} to {high}")
         if self.group_size < CHANNEL or (self.group_size == TENSOR and self.method != "rtn"):
             raise ModelError(
                 f"group size {self.group_size} is not positive",
@@ -67,45 +78,70 @@ class Scheme:
             raise ModelError(f"{self.method} has no act-order", hint="--method gptq or awq+gptq")
         if self.format != "auto" or self.act_order:
             container("gptq_v2" if self.format == "auto" else self.format, self.act_order)
-        if self.target_bits is not None and self.target_bytes is not None:
-            raise ModelError("a target of bits and one of bytes contradict each other", hint="give one")
+        self._check_target()
         if self.format not in ("auto", "compressed-tensors") and self.ends:
             raise ModelError(
                 f"{self.format} holds no quantized embedding", hint="--format compressed-tensors does"
             )
         if self.format == "awq" and (self.mixes or self.overrides):
             raise ModelError("AWQ has one form for all linears", hint="--format compressed-tensors has many")
-        self._check_form()
-        if self.best and not (self.method in ("awq", "gptq", "awq+gptq") and self.inputs is None):
-            raise ModelError(
-                f"quality best does not tune {self.method}", hint="--method awq, gptq or awq+gptq is tuned"
-            )
-        limits = {
-            "bits": (2, 8),
-            "samples": (1, 65536),
-            "length": (2, 1 << 20),
-            "grid": (1, 1000),
-            "steps": (1, 100000),
-        }
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise ModelError(f"{name} is {getattr(self, name)}", hint=f"give {low} to {high}")
-
-    def _check_form(self) -> None:
-        if self.kind == "float" and (self.bits, self.symmetric, self.group_size > 0) != (8, True, False):
-            raise ModelError(
-                "floats have 8 bits and no zero points, and one scale a row or a matrix",
-                hint="--scheme FP8 says all that",
-            )
-        if self.inputs is not None and (self.bits != 8 or not self.symmetric or self.group_size > 0):
-            raise ModelError(
-                "inputs are rounded where weights have 8 bits, no zero points and one scale a row",
-                hint="--scheme W8A8 and FP8 say all that",
-            )
+        if self.form is not None:
+            self.check(self.form)
         if self.smooths and self.inputs is None:
             raise ModelError("SmoothQuant is for rounded inputs", hint="--scheme W8A8")
         if self.alpha is not None and not (self.smooths and 0 <= self.alpha <= 1):
             raise ModelError(f"alpha is {self.alpha}", hint="give 0 to 1, with method smoothquant")
+        if self.best:
+            self._check_best()
+
+    def _check_target(self) -> None:
+        if self.target_bits is not None and self.target_bytes is not None:
+            raise ModelError("a target of bits and one of bytes contradict each other", hint="give one")
+        if self.target_bits is not None and not 0 < self.target_bits < 16:
+            raise ModelError(
+                f"{self.target_bits:g} bits a weight is no target",
+                hint="give more than 0 and fewer than 16, which is no rounding",
+            )
+        if self.target_bytes is not None and self.target_bytes < 1:
+            raise ModelError(f"{self.target_bytes} bytes are no target", hint="as --target-size 80MB")
+        if self.mixes and (self.inputs is not None or self.kind == "float"):
+            raise ModelError(
+                "a target chooses widths of integers, and rounded inputs and floats have 8 bits only",
+                hint="leave out the target, or --scheme W4A16 with it",
+            )
+        if self.method == "none" and (self.mixes or self.overrides or self.ends):
+            raise ModelError(
+                "method none rounds nothing: there is nothing to choose a form for",
+                hint="leave out target, overrides and embeddings, or choose a method",
+            )
+
+    def _check_best(self) -> None:
+        tuned = self.method in ("awq", "gptq", "awq+gptq")
+        if tuned and self.inputs is None and not self.act_order:
+            return
+        reason = "rounded inputs" if self.inputs is not None else "act-order" if tuned else self.method
+        raise ModelError(
+            f"quality best does not tune {reason}",
+            hint="--method awq, gptq or awq+gptq is tuned, without act-order and rounded inputs",
+        )
+
+    def check(self, form: Form) -> None:
+        """Raises `ModelError` for a form that none of this scheme's linears can have."""
+        whole = form.bits == 8 and form.symmetric and form.group_size <= 0
+        if form.kind == "float" and not whole:
+            raise ModelError(
+                "floats have 8 bits and no zero points, and one scale a row or a matrix",
+                hint="--scheme FP8 says all that",
+            )
+        if form.inputs is not None and not whole:
+            raise ModelError(
+                "inputs are rounded where weights have 8 bits, no zero points and one scale a row",
+                hint="--scheme W8A8 and FP8 say all that",
+            )
+        if self.format == "gptq" and not form.symmetric:
+            raise ModelError(
+                "gptq cannot hold every zero point: it has no 0", hint="--format gptq_v2, or --symmetric"
+            )
 
     def skips(self, name: str) -> bool:
         return any(fnmatch(name, pattern) for pattern in self.skip)

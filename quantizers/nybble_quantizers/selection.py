@@ -10,11 +10,12 @@ from types import MappingProxyType
 from nybble_models.errors import ModelError
 from nybble_models.families import Family
 from nybble_models.formats.container import Container
-from nybble_models.formats.form import Form
+from nybble_models.formats.form import CHANNEL, Form
 from nybble_models.spec import ModelSpec
 from nybble_quantizers.scheme import Scheme
 
 PARTNERS = (("q", "k", "v"), ("gate", "up"))  # engines fuse them, so they are all alike
+EIGHT = Form(8, CHANNEL, symmetric=True)  # groups gain nothing where levels are this fine
 SPARE = 16 << 20  # tokenizer, report, and the heads of files
 
 Forms = Mapping[str, Form]
@@ -51,7 +52,8 @@ def select(
 ) -> Selection:
     """`wanted` are forms by full name; what it does not name gets the scheme's.
 
-    Partners must be alike: where one cannot be stored as wanted, all stay at 16 bits. Raises `ModelError`
+    Partners must be alike: where one cannot be stored as wanted, all stay at 16 bits; an embedding or a head
+    gets 8 bits and a scale a row, which every container that takes them can hold. Raises `ModelError`
     when a quantizing scheme would round nothing.
     """
     names = {
@@ -65,7 +67,11 @@ def select(
         raise ModelError(
             f"no linear can be quantized: {reason or 'all of them are skipped'}", hint="change the scheme"
         )
-    ends = {name: form for name, form in wanted.items() if name not in names and form is not None}
+    ends = {
+        name: form if container.fits((spec.vocab_size, spec.hidden_size), form) is None else EIGHT
+        for name, form in wanted.items()
+        if name not in names and form is not None and not scheme.skips(name)
+    }
     held = ends | {
         family.projections[p].format(i=layer): chosen[layer].get(p)
         for layer in range(spec.num_layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -17,16 +17,23 @@ from nybble_models.window import Window
 from nybble_quantizers import awq, fp8
 from nybble_quantizers.block import TINY, Finding
 from nybble_quantizers.folding import float_weight
-from nybble_quantizers.gptq import DAMP, Factor, factorise, round_all
+from nybble_quantizers.gptq import Factor, Order, factorise, round_all
 from nybble_quantizers.hessian import hessian, lack
 from nybble_quantizers.rounding import Quantized, inputs_of
 from nybble_quantizers.scheme import Scheme
+from nybble_quantizers.windows import Place, Seen, Windows, in_memory
 from nybble_quantizers.workers import Map, in_turn
 
 log = logging.getLogger("nybble.quantize")
 
-TOGETHER = 8  # windows computed before what they were made of is let go
-SHARE = 0.5  # of what a linear's output lacks, added to what its weights aim at; all of it overfits
+TOLD = 8192  # tokens of which the float model's states pass along
+SHARE = 0.5  # of what a linear's output lacks, added to what its weights aim at
+ENOUGH = 16
+"""Tokens for each input of a linear: with fewer, what it seems to lack is the text's. SmolLM2-135M with 3 to
+7 of them had a KL divergence of 0.084 with the correction and 0.074 without."""
+
+Lacking = Callable[[Tensor, Tensor], Tensor]
+"""`lacking(weight [N, K], gram [K, K])` -> Σ (what the output should be - what it is)ᵀ x̂ [N, K]."""
 
 
 class Passage:
@@ -44,6 +51,7 @@ class Passage:
         scheme: Scheme,
         forms: Mapping[str, Form],
         run: Map = in_turn,
+        place: Place = in_memory,
     ) -> None:
         self.decoder = decoder
         self.layer = layer
@@ -51,16 +59,17 @@ class Passage:
         self.scheme = scheme
         self.forms = forms
         self.run = run
+        self.place = place
         self.made = Block(dict(block.linears), block.norms)
         self.dense = Block(dict(block.linears), block.norms)
         self.findings: dict[str, Finding] = {}
 
-    def through(self, states: list[Tensor], plain: list[Tensor]) -> None:
+    def through(self, states: Windows, plain: Windows) -> None:
         """Round q, k and v, then o, then gate and up, then down; move the text on.
 
-        states: [T, D] a window, as the rounded model makes them · plain: as the float model does. Both lists
-        then hold what comes after the block. What the last linear of a half reads is kept until that linear
-        is rounded, so the text passes once.
+        states: [T, D] a window, as the rounded model makes them · plain: as the float model does, of all
+        windows or the first. Both then hold what comes after the block. What the last linear of a half reads
+        is kept until that linear is rounded, so the text passes once.
         """
         self._half("attention_norm", ("q", "k", "v"), "o", self._mixed, states, plain)
         self._half("mlp_norm", self.decoder.spec.mlp[:-1], "down", self._inner, states, plain)
@@ -71,48 +80,52 @@ class Passage:
         readers: tuple[str, ...],
         last: str,
         between: Callable[[Block, Tensor], Tensor],
-        states: list[Tensor],
-        plain: list[Tensor],
+        states: Windows,
+        plain: Windows,
     ) -> None:
         """Linears that read the norm aim at what the float ones make of their own input; the last one at
         the float model's state, so that it makes up for what the stream lacks already."""
-        weights, ending = self.dense.norms[norm], self.block.linears[last]
-        held = self._each(lambda x: self.decoder.norm(weights, x), list(states))
-        told = self._each(lambda x: self.decoder.norm(weights, x), list(plain))
+        weights, ending, spec = self.dense.norms[norm], self.block.linears[last], self.decoder.spec
+        normed = Seen(states, lambda x: self.decoder.norm(weights, x))
+        told = Seen(plain, lambda x: self.decoder.norm(weights, x))
         if self.forms.keys() & set(readers):
-            read, inputs = self._read(readers, list(held))
-            gap = lack(told, read, read, self.run)
-            self._round(readers, read, inputs, lambda weight, gram: weight @ gap)
-        self._each(lambda x: between(self.dense, x), held)
+            read, inputs = self._read(readers, normed)
+            known = _known(plain, spec.hidden_size)
+            lacking = _by_input(lack(told, read, read, self.run)) if known else None
+            self._round(readers, read, inputs, known, lacking)
+        held = self.place(len(states), (len(states[0]), spec.shape(last)[1]))
+        self._fill(held, lambda i: between(self.dense, normed[i]))
         self._add(plain, lambda i: reference.linear(between(self.block, told[i]), ending.weight))
+        made_of: Sequence[Tensor] = held
         if last in self.forms:
-            held, inputs = self._read((last,), held)
-            wanted = lack(plain, states, held, self.run)  # without the bias, which stays what it is
-            self._round((last,), held, inputs, lambda weight, gram: wanted - weight @ gram)
+            made_of, inputs = self._read((last,), held)
+            known = _known(plain, spec.shape(last)[1])
+            # without the bias, which stays what it is
+            lacking = _by_output(lack(plain, states, made_of, self.run)) if known else None
+            self._round((last,), made_of, inputs, known, lacking)
         made = self.dense.linears[last]
-        self._add(states, lambda i: reference.linear(held[i], made.weight, made.bias))
+        self._add(states, lambda i: reference.linear(made_of[i], made.weight, made.bias))
         if ending.bias is not None:
             bias = ending.bias
             self._add(plain, lambda i: bias)
 
-    def _read(self, names: tuple[str, ...], held: list[Tensor]) -> tuple[list[Tensor], Activations | None]:
+    def _read(
+        self, names: tuple[str, ...], held: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Activations | None]:
         """What the linears of one input read of it: rounded, where their form says so."""
         form = next(self.forms[name] for name in names if name in self.forms)
-        inputs = inputs_of(form, max(float(x.abs().max()) for x in held))
-        return (held, None) if inputs is None else (self._each(inputs.round, held), inputs)
+        largest = max(self.run(_peak, held)) if form.inputs == "tensor" else 0.0
+        inputs = inputs_of(form, largest)
+        return (held, None) if inputs is None else (Seen(held, inputs.round), inputs)
 
-    def _add(self, states: list[Tensor], function: Callable[[int], Tensor]) -> None:
-        def add(index: int) -> None:
-            states[index] = states[index] + function(index)
+    def _add(self, states: Windows, function: Callable[[int], Tensor]) -> None:
+        self._fill(states, lambda i: states[i] + function(i))
 
-        self.run(add, range(len(states)))
+    def _fill(self, windows: Windows, function: Callable[[int], Tensor]) -> None:
+        def fill(index: int) -> None:
+            windows[index] = function(index)
 
-    def _each(self, function: Callable[[Tensor], Tensor], held: list[Tensor]) -> list[Tensor]:
-        """Replace the windows by what a function makes of them, a few at a time."""
-        for first in range(0, len(held), TOGETHER):
-            part = slice(first, first + TOGETHER)
-            held[part] = self.run(function, held[part])
-        return held
+        self.run(fill, range(len(windows)))
 
     def _mixed(self, block: Block, x: Tensor) -> Tensor:
         seen: dict[str, Tensor] = {}
@@ -128,19 +141,29 @@ class Passage:
     def _round(
         self,
         names: tuple[str, ...],
-        read: list[Tensor],
+        read: Sequence[Tensor],
         inputs: Activations | None,
-        lacking: Callable[[Tensor, Tensor], Tensor],
+        known: int,
+        lacking: Lacking | None,
     ) -> None:
-        """The linears of one input: they share its Hessian, and, as engines fuse them, their form."""
+        """The linears of one input: they share its Hessian, and, as engines fuse them, their form.
+
+        `lacking(weight, gram)` is a sum over the first `known` windows, as is the `gram` it gets; None
+        where too few are known.
+        """
         wanted = [name for name in names if name in self.forms]
-        form = self.forms[wanted[0]]
-        gram = hessian(read, self.run)
-        factor = factorise(gram, form.group(len(gram)))
-        if factor.damp > DAMP:
+        form, count = self.forms[wanted[0]], len(read)
+        part = gram = hessian(read, self.run, range(known or count))
+        if 0 < known < count:
+            gram = part + hessian(read, self.run, range(known, count))
+        order: Order = "desc_act" if self.scheme.act_order else "groups"
+        factor = factorise(gram, form.group(len(gram)), order, self.scheme.damp)
+        if factor.damp > self.scheme.damp:
             log.warning("layer %d, input of %s: damping raised to %g", self.layer, wanted[0], factor.damp)
         weights = [float_weight(self.dense.linears[name]) for name in wanted]
-        aims = [weight + SHARE * factor.solve(lacking(weight, gram)) for weight in weights]
+        aims = weights
+        if lacking is not None:
+            aims = [w + SHARE * count / known * factor.solve(lacking(w, part)) for w in weights]
         for name, weight, (rounded, share) in zip(
             wanted, weights, self._rounded(aims, factor, form), strict=True
         ):
@@ -161,7 +184,26 @@ class Passage:
         return [(rounded.weight, rounded.share) for rounded in done]
 
 
+def _by_input(gap: Tensor) -> Lacking:
+    """What a float input makes more than the one that is read: gap is Σ (x - x̂)ᵀ x̂ [K, K]."""
+    return lambda weight, gram: weight @ gap
+
+
+def _by_output(wanted: Tensor) -> Lacking:
+    """What the stream lacks without this linear, Σ (y - ŷ)ᵀ x̂ [N, K], less what the linear makes of x̂."""
+    return lambda weight, gram: wanted - weight @ gram
+
+
+def _known(plain: Windows, inputs: int) -> int:
+    """How many of the float model's windows tell a linear what it lacks: all, or 0 where they are too few."""
+    return len(plain) if len(plain) and len(plain) * len(plain[0]) >= ENOUGH * inputs else 0
+
+
 def _without(block: Block, name: str) -> Block:
     """The block with a linear that makes no outputs, where only what it reads is wanted."""
     nothing = Linear(float_weight(block.linears[name])[:0])
     return Block(block.linears | {name: nothing}, block.norms)
+
+
+def _peak(x: Tensor) -> float:
+    return float(x.abs().max())

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nybble_kernels.quantized import Weight, dense
+from nybble_kernels.quantized import Weight
 from nybble_models.decoder import Decoder
 from nybble_models.errors import BrokenCheckpoint
 from nybble_models.loader import Loader
@@ -23,9 +23,10 @@ from nybble_quantizers.generate import generate
 from nybble_quantizers.report import Listener, QuantizeProgress
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.selection import Forms
-from nybble_quantizers.sequential import Passage
+from nybble_quantizers.sequential import ENOUGH, TOLD, Passage
 from nybble_quantizers.smoothquant import smooth_block
 from nybble_quantizers.tokenizing import load_tokenizer
+from nybble_quantizers.windows import Place, Windows, in_memory
 from nybble_quantizers.workers import Map
 
 TOGETHER = 8  # windows whose inputs are held at the same time
@@ -71,63 +72,83 @@ class Stream:
     along, for the rounding to make up for what has been lost so far.
     """
 
-    def __init__(self, loader: Loader, calibration: Calibration, scheme: Scheme, run: Map) -> None:
+    def __init__(
+        self, loader: Loader, calibration: Calibration, scheme: Scheme, run: Map, place: Place = in_memory
+    ) -> None:
         self.loader = loader
         self.run = run
         self.scheme = scheme
+        self.place = place
         spec = loader.spec
         empty = [Block()] * spec.num_layers
-        weights = Weights(dense(loader.embed()), loader.positions(), empty, loader.final_norm(), None)
+        weights = Weights(loader.embed(), loader.positions(), empty, loader.final_norm(), None)
         self.decoder = Decoder(spec, weights)
-        self.states: list[Tensor] = [self.decoder.embed(window) for window in calibration.tokens]
-        self.plain = list(self.states) if scheme.compensates else []  # as the float model makes them
+        count, length = calibration.tokens.shape
+        self.states = place(count, (length, spec.hidden_size))
+        known = told(scheme, count, length, spec.hidden_size)
+        self.plain = place(known, (length, spec.hidden_size))  # as the float model makes them
+        for index, window in enumerate(calibration.tokens):
+            for passing in (self.states, self.plain):
+                if index < len(passing):
+                    passing[index] = self.decoder.embed(window)
+        weights.embed = torch.empty(0, spec.hidden_size)  # a large matrix that nobody looks at any more
 
     def advance(self, layer: int, block: Block, forms: Forms) -> tuple[Block, Block, dict[str, Finding]]:
         """(folded, quantized, findings) of one block, see `round_block`; moves the text past it."""
         scheme, run = self.scheme, self.run
         folded, findings = block, dict[str, Finding]()
         if scheme.folds or not scheme.compensates:
-            scene, moved = self._watch(layer, block)
+            scene = self._watch(layer, block)
             if scheme.smooths:
                 folded, findings = smooth_block(block, scene, forms, scheme.alpha, run)
             elif scheme.folds:
                 folded, findings = fold_block(block, scene, scheme, forms, run)
             if not scheme.compensates:
-                self.states = moved
                 made, rounding = round_block(folded, scene, forms, scheme.clip and scheme.folds, run)
                 return folded, made, merged(findings, rounding)
-        passage = Passage(self.decoder, layer, folded, scheme, forms, run)
+        passage = Passage(self.decoder, layer, folded, scheme, forms, run, self.place)
         passage.through(self.states, self.plain)
         return folded, passage.made, merged(findings, passage.findings)
 
-    def kept(self) -> dict[str, Tensor]:
+    def kept(self) -> dict[str, Windows]:
         """All that the next block needs to know of the blocks before it."""
-        kept = {"states": torch.stack(self.states)}
-        return kept | {"plain": torch.stack(self.plain)} if self.plain else kept
+        kept = {"states": self.states}
+        return kept | {"plain": self.plain} if len(self.plain) else kept
 
-    def restore(self, kept: Mapping[str, Tensor]) -> None:
+    def restore(self, kept: Mapping[str, Windows]) -> None:
         """Go on after the block with which `kept` was made."""
-        self.states = list(kept["states"])
-        self.plain = list(kept.get("plain", ()))
+        for name, windows in self.kept().items():
+            for index, window in enumerate(kept[name]):
+                windows[index] = window
 
-    def _watch(self, layer: int, block: Block) -> tuple[Scene, list[Tensor]]:
-        """What the linears of the float block read, and the states after it."""
-        inputs, states = Inputs(KEPT), list(self.states)
+    def _watch(self, layer: int, block: Block) -> Scene:
+        """What the linears of the float block read; moves the states on unless they pass later."""
+        inputs, states, moves = Inputs(KEPT), self.states, not self.scheme.compensates
         blocks, spec = self.decoder.weights.blocks, self.loader.spec
         blocks[layer] = block
 
-        def through(state: Tensor) -> tuple[Tensor, Observation]:
+        def through(index: int) -> Observation:
             seen = Observation()
-            return self.decoder.block(layer, state, Window(spec), seen.observe), seen
+            moved = self.decoder.block(layer, states[index], Window(spec), seen.observe)
+            if moves:
+                states[index] = moved
+            return seen
 
         for first in range(0, len(states), TOGETHER):
-            part = slice(first, first + TOGETHER)
-            moved = self.run(through, states[part])
-            states[part] = [state for state, _ in moved]
-            for _, seen in moved:
-                inputs.add(seen)
+            part = range(first, min(first + TOGETHER, len(states)))
+            inputs.add(*self.run(through, part), run=self.run)
         blocks[layer] = Block()
-        return Scene(self.decoder, self.loader.family, layer, inputs), states
+        return Scene(self.decoder, self.loader.family, layer, inputs)
+
+
+def told(scheme: Scheme, windows: int, length: int, hidden_size: int) -> int:
+    """How many windows also pass the float blocks: all of them teach, some will do to correct by, or none."""
+    if not scheme.compensates:
+        return 0
+    some = min(windows, -(-TOLD // length))
+    if scheme.best:
+        return windows
+    return some if some * length >= ENOUGH * hidden_size else 0
 
 
 def read_block(loader: Loader, layer: int) -> Block:

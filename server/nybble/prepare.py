@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,7 +76,8 @@ def _quantize(
     def tell(event: QuantizeProgress) -> None:
         progress(f"quantize: {event.stage}", event.done / max(event.total, 1))
 
-    quantize(source, target, scheme, calibration=calibration, progress=tell)
+    command = shlex.join(["nybble", *sys.argv[1:]])
+    quantize(source, target, scheme, calibration=calibration, progress=tell, command=command)
 
 
 @contextmanager
@@ -115,12 +118,7 @@ def _tokenizer_of(source: Path, config: ServeConfig) -> Path:
 
 
 def _key(source: Path, config: ServeConfig) -> str:
-    """Changes when the source, the calibration text or the quantizer does."""
-    files = [source] if source.is_file() else [*sorted(source.glob("*.safetensors")), source / "config.json"]
-    if config.calibration:
-        files.append(Path(config.calibration))
-    facts = [(f.name, f.stat().st_size) for f in files if f.exists()]
-    if source.is_dir():
-        facts += [(str(source.resolve()), max(f.stat().st_mtime_ns for f in files if f.exists()))]
-    text = repr((facts, nybble.__version__))
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    """Changes when a file of the source, the calibration text or the quantizer does."""
+    from nybble_quantizers.journal import fingerprint, key_of
+
+    return key_of(source, fingerprint(config.calibration), nybble.__version__)[:8]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nybble_quantizers.scheme import Scheme
 from support_checkpoint import write_checkpoint
 
 TEXT = "All happy families are alike; each unhappy family is unhappy in its own way. " * 8
@@ -63,6 +64,24 @@ def test_a_kept_model_is_used_again(run: Run, tmp_path: Path) -> None:
     rows = run("--model", str(base), *asked, "--engine", "serve")
     assert (made / "model.safetensors").stat().st_mtime_ns == stamp
     assert rows[1]["perplexity"] == rows[3]["perplexity"]
+
+
+def test_another_scheme_or_text_is_another_kept_model(run: Run, tmp_path: Path) -> None:
+    """Also where the label is the same."""
+    base = write_checkpoint(tmp_path / "base", group_size=None)
+    asked = ("--model", str(base), "--windows", "1", "--method", "awq", "--group-size", "32")
+    asked = (*asked, "--keep", str(tmp_path / "kept"), "--set", "samples=1", "length=16")
+    (tmp_path / "calib.txt").write_text("Every word of it is its own. " * 40)
+    for more in ((), ("grid=2",), ("grid=2", "--calibration", str(tmp_path / "calib.txt"))):
+        run(*asked, *more)
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+
+
+def test_every_row_of_the_tables_is_a_scheme() -> None:
+    import quality
+
+    for method, settings in quality.TABLE_METHODS.items():
+        assert Scheme(method=method, **settings).method == method
 
 
 def test_a_table_says_what_was_not_run(

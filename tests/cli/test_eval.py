@@ -76,6 +76,18 @@ def test_a_missing_reference_is_said_and_left_out(models: Path, capsys: pytest.C
     assert "KL divergence" not in shown.out
 
 
+def test_a_model_is_not_its_own_reference(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its folder has the name of its source."""
+    namesake = models / "apart" / "base"
+    namesake.parent.mkdir()
+    shutil.copytree(models / "awq", namesake)
+    asked = ("--text", "@text.txt", "--windows", "1")
+    assert run(models, "@apart/base", *asked) == 0
+    assert "no reference: base is not here" in capsys.readouterr().err
+    assert run(models, "@apart/base", *asked, "--reference", "@awq") == 0
+    assert f"warning: the reference {models / 'awq'} is quantized itself" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -88,9 +100,13 @@ def test_a_missing_reference_is_said_and_left_out(models: Path, capsys: pytest.C
         (["@awq", "--text", "@text.txt", "--reference", "@bigger"], "264 tokens, its reference 270"),
         (["@awq", "--text", "@text.txt", "--kernels", "steam"], "'steam' is not one of"),
         (["@awq", "--text", "@text.txt", "--engine", "steam"], "engine"),
+        (["@awq", "--text", "@text.txt", "--json", "@far/off/eval.json"], "far/off does not exist"),
+        (["@awq", "--text", "@text.txt", "--json", "@text.txt/eval.json"], "text.txt is a file"),
+        (["@awq", "--text", "@text.txt", "--json", "@awq"], "awq is a folder"),
     ],
     ids=[
         "model", "text", "length", "short", "windows", "reference", "vocabulary", "kernels", "engine",
+        "json folder", "json below a file", "json is a folder",
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(
@@ -123,7 +139,21 @@ def test_figures_are_put_into_the_papers(models: Path, calibrated: Path) -> None
     assert cli.main(["verify", str(calibrated)]) == 0
 
 
-def test_nothing_is_recorded_without_a_report(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_are_shown_before_they_are_recorded(
+    models: Path, calibrated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = shutil.copytree(calibrated, models / "changed")
+    (changed / "README.md").write_text("another card")
+    asked = ("--reference", "none", "--text", "@text.txt", "--windows", "1", "--record")
+    assert run(models, "@changed", *asked) != 0
+    shown = capsys.readouterr()
+    assert "perplexity" in shown.out and "README.md" in shown.err
+
+
+def test_nothing_is_measured_that_could_not_be_recorded(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble.evaluation.evaluation.evaluate", None)
     assert (
         run(models, "@base", "--reference", "none", "--text", "@text.txt", "--windows", "2", "--record") == 2
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -44,6 +45,27 @@ def test_without_text_the_weights_errors_are_shown(
     assert re.search(r"block 3/3 .* down \d+\.\d %  ", capsys.readouterr().err)
 
 
+def test_several_patterns_after_one_flag(tmp_path: Path, source: Path) -> None:
+    flags = [
+        "--override",
+        "*.down_proj=8",
+        "model.layers.0.*=16",
+        "--skip",
+        "*.o_proj",
+        "*.up_proj",
+        "*.gate_proj",
+    ]
+    rest = ["-o", str(tmp_path / "out"), "--method", "rtn", *SMALL]
+    assert main(["quantize", str(source), *flags, *rest]) == 0
+    rows = json.loads((tmp_path / "out" / "quant_report.json").read_text())["layers"]
+    ends = {"q_proj": 4, "k_proj": 4, "v_proj": 4, "down_proj": 8}
+    assert {row["name"]: row["bits"] for row in rows} == {
+        f"model.layers.{layer}.{'mlp' if end == 'down_proj' else 'self_attn'}.{end}": bits
+        for layer in (1, 2)
+        for end, bits in ends.items()
+    }
+
+
 def test_flags_reach_the_file(tmp_path: Path, source: Path) -> None:
     flags = ["--override", "*.down_proj=8", "--format", "gptq_v2", "--symmetric", "--method", "rtn", *SMALL]
     assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *flags]) == 0
@@ -75,6 +97,18 @@ def test_eight_bits_by_name(
     static = any("static" in flag for flag in flags)
     assert group["input_activations"]["dynamic"] != static
     assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_the_report_holds_the_command_and_not_where_the_program_lies(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["quantize", "plain", "-o", "out", "--skip", "*.o_proj", "--method", "rtn", *SMALL]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["/somewhere/on/this/machine/nybble", *arguments])
+    assert main(arguments) == 0
+    said = json.loads((tmp_path / "out" / "quant_report.json").read_text())["command"]
+    assert said.startswith("nybble quantize plain -o out --skip '*.o_proj' --method rtn ")
+    assert "somewhere" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_classic_act_order(tmp_path: Path, source: Path) -> None:
@@ -127,6 +161,8 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (["--act-order"], "awq has no act-order"),
         (["--act-order", "--method", "gptq", "--format", "awq"], "no act-order"),
         (["--quality", "best", "--method", "rtn"], "does not tune rtn"),
+        (["--seed", str(2**50)], "seed is 1125899906842624"),
+        (["--seed", "-1"], "seed is -1"),
     ],
     ids=[
         "no form",
@@ -137,7 +173,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         "no text",
         "awq",
         "bits",
-        *("scheme", "alpha", "order", "order format", "best"),
+        *("scheme", "alpha", "order", "order format", "best", "seed", "negative seed"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -159,3 +195,51 @@ def test_calibration_text_that_judges_is_refused(
     assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *SMALL, *flags]) != 0
     assert "share 1 runs" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_a_judging_text_that_is_not_there_is_refused(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    flags = ["--evaluation", str(tmp_path / "nowhere.raw"), "--method", method]
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *SMALL, *flags]) != 0
+    assert "nowhere.raw" in capsys.readouterr().err.splitlines()[-2]
+    assert {f.name for f in tmp_path.iterdir()} == {"plain"}
+
+
+def test_no_folder_is_made_below_a_file(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in ("file/out", "file/deep/out"):
+        assert main(["quantize", str(source), "-o", str(tmp_path / out), "--method", "rtn", *SMALL]) != 0
+        assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err.splitlines()[-2]
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq"])
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    flags = ["--dry-run", "--method", method, *SMALL]
+    assert main(["quantize", str(source), "-o", str(tmp_path / "deep" / "out"), *flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"[\d,]+ parameters, 21 linears to round, \d+\.\d\d bits per weight, .*", lines[0])
+    assert lines[1].startswith("disk: ") and lines[2].startswith("memory: ")
+    assert any(re.fullmatch(r"time: about \d+ s", line) for line in lines)
+    assert {f.name for f in tmp_path.iterdir()} == {"plain"}
+
+
+def test_a_dry_run_fails_where_the_run_would(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["quantize", str(source), "-o", str(tmp_path / "out"), "--dry-run", *SMALL]
+    assert main([*command, "--memory", "10MiB"]) == 1
+    assert "10 MiB may be used" in capsys.readouterr().err
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    assert main(command) == 1
+    assert "has 1.0 kB free" in capsys.readouterr().err
+
+
+def test_a_budget_of_memory_is_a_flag(tmp_path: Path, source: Path) -> None:
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), "--memory", "4GiB", *SMALL]) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0

@@ -347,6 +347,20 @@ def test_what_holds_no_report_is_one_line(
     assert not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("out", "error"),
+    [("off/r.html", "off does not exist"), ("text/r.html", "text is a file"), (".", "is a folder")],
+    ids=["no folder", "below a file", "a folder"],
+)
+def test_where_no_page_can_be_written_is_one_line(
+    tmp_path: Path, out: str, error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("")
+    assert cli.main(["report", str(tmp_path), "-o", str(tmp_path / out)]) == 2
+    said, hint = capsys.readouterr().err.splitlines()
+    assert said.endswith(error) and hint.startswith("hint: ")
+
+
 def test_the_report_of_a_report_is_read_from_disk_as_it_is(tmp_path: Path) -> None:
     folder, report = with_papers(tmp_path, scheme={"method": "awq"})
     held = record("x", json.loads((folder / "quant_report.json").read_text()), {})

@@ -72,6 +72,12 @@ def test_a_whole_checkpoint_is_said_to_be_whole(folder: Path, capsys: pytest.Cap
         pytest.param({"format": "gptq_v2", "bits": 3}, id="gptq-v2"),
         pytest.param({"format": "compressed-tensors", "group_size": -1}, id="compressed-tensors"),
         pytest.param({"format": "compressed-tensors", "overrides": ("*.down_proj=8",)}, id="two widths"),
+        pytest.param({"group_size": 0}, id="one scale"),
+        pytest.param({"bits": 3, "group_size": 0, "symmetric": True}, id="one scale, symmetric"),
+        pytest.param({"ends": True}, id="embedding"),
+        pytest.param(
+            {"bits": 8, "group_size": -1, "symmetric": True, "ends": True}, id="embedding like the linears"
+        ),
         pytest.param({"skip": ("*.o_proj",)}, id="skipped"),
         pytest.param({"method": "none"}, id="16 bits"),
     ],
@@ -302,6 +308,20 @@ def test_floats_of_8_bits_are_looked_at(tmp_path: Path, capsys: pytest.CaptureFi
         code, lines = run(tmp_path, capsys)
         assert code == 1
         assert any(damaged.removesuffix(".weight") in line and "NaN" in line for line in lines)
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["missing", "zero"])
+def test_a_scale_of_inputs_that_is_none_is_found(
+    tmp_path: Path, gone: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheme = {"bits": 8, "group_size": -1, "symmetric": True, "inputs": "tensor"}
+    out, _ = with_papers(tmp_path, scheme=scheme)
+    assert run(out, capsys) == (0, [])
+    name = f"{LINEAR}.input_scale"
+    change_tensors(out, lambda tensors: tensors.pop(name) if gone else tensors[name].zero_())
+    code, lines = run(out, capsys)
+    assert code == 1
+    assert lines[0].startswith(f"problem: {LINEAR}: input_scale is not one positive number")
 
 
 @pytest.mark.parametrize("name", ["none", "file"])

@@ -59,6 +59,22 @@ def test_the_folder_is_named_after_what_is_in_it(tmp_path: Path) -> None:
     assert again == made
 
 
+def test_another_text_or_tokenizer_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made(**changes: Any) -> str:
+        return prepare(config(tmp_path, **changes), lambda phase, part: None)[0].name
+
+    names = {made(), *(made(calibration=f"hf:some/data-set/{name}.jsonl") for name in "ab")}
+    assert len(names) == 3
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text in ("one text", "another, longer"):
+        (tmp_path / "calib.txt").write_text(text)
+        names.add(made(calibration="~/calib.txt"))
+    assert len(names) == 5
+    tokenizer = tmp_path / "plain" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    assert made() not in names
+
+
 @pytest.mark.parametrize(
     ("settings", "label"),
     [

@@ -111,6 +111,11 @@ def test_the_base_is_found_by_the_reports_name(folder: Path, float_folder: Path,
     report.write_text(json.dumps({"source": "base"}))
     assert find_base(made, tmp_path) is None and name_base(made) == "base"
     (tmp_path / "base").mkdir()
+    assert find_base(made, tmp_path) is None  # a folder without a model in it
+    config = tmp_path / "base" / "config.json"
+    config.write_text('{"quantization_config": {"quant_method": "awq"}}')
+    assert find_base(made, tmp_path) is None
+    config.write_text("{}")
     assert find_base(made, tmp_path) == tmp_path / "base"
     report.write_text(json.dumps({"source": str(float_folder)}))
     assert find_base(made, tmp_path) == float_folder

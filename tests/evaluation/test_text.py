@@ -60,7 +60,8 @@ def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "starts"), [(0, [0, 3, 6, 9, 12]), (9, [0, 3, 6, 9, 12]), (2, [0, 6]), (1, [0])]
+    ("count", "starts"),
+    [(0, [0, 3, 6, 9, 12]), (9, [0, 3, 6, 9, 12]), (2, [0, 6]), (1, [0]), (3, [0, 3, 6])],
 )
 def test_windows_do_not_overlap_and_drop_the_tail(count: int, starts: list[int]) -> None:
     assert windows(range(17), 3, count) == [(s, s + 1, s + 2) for s in starts]

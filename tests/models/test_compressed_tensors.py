@@ -208,3 +208,20 @@ def test_rotated_activations_are_refused() -> None:
     settings = said(PACKED, 4, 32, True) | {"transform_config": {"config_groups": {"R3": {}}}}
     with pytest.raises(BrokenCheckpoint, match="rotated"):
         PACKED.decode(PACKED.encode(weight(4, 32)), settings)
+
+
+@pytest.mark.parametrize("embed", ["model.embed_tokens", "model.decoder.embed_tokens"])
+def test_an_embedding_is_named_whatever_its_form(embed: str) -> None:
+    """To other programs it is no `Linear`, and what no group means they fill with random numbers."""
+    forms = uniform(8, CHANNEL, True) | {embed: Form(8, CHANNEL, True), "lm_head": Form(8, CHANNEL, True)}
+    groups = PACKED.settings(forms)["config_groups"]
+    assert [group["targets"] for group in groups.values()] == [["Linear"], [embed]]
+    assert groups["group_0"]["weights"] == groups["group_1"]["weights"]
+    other = forms | {"model.layers.0.mlp.up_proj": Form(4, 32)}
+    targets = [group["targets"] for group in PACKED.settings(other)["config_groups"].values()]
+    assert targets == [["Linear"], [embed], ["model.layers.0.mlp.up_proj"]]
+
+
+def test_an_embedding_does_not_decide_what_linears_are() -> None:
+    found = PACKED.settings({"model.embed_tokens": Form(8, CHANNEL, True)} | uniform(4, 32))
+    assert found["config_groups"]["group_0"]["weights"]["num_bits"] == 4

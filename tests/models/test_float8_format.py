@@ -88,12 +88,18 @@ def test_plain_integers_say_what_their_inputs_are(inputs: Inputs) -> None:
     assert torch.equal(IntQuantizedCodec().decode(stored, settings).dequantize(), made.dequantize())
 
 
-def test_one_scale_of_a_matrix_of_integers_is_stored_once() -> None:
-    made = quantized(8, 16, 8, 16, "zeros")
-    alike = type(made)(made.codes, made.scales[:1].expand(8, 1), 8, 16, made.zeros[:1].expand(8, 1))
-    form = Form(8, TENSOR, False)
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("kind", ["zeros", "symmetric"])
+def test_one_scale_of_a_matrix_of_integers_is_stored_once(kind: str, bits: int) -> None:
+    made = quantized(9, 16, bits, 16, kind)
+    zeros = None if made.zeros is None else made.zeros[:1].expand(9, 1)
+    alike = type(made)(made.codes, made.scales[:1].expand(9, 1), bits, 16, zeros)
+    form = Form(bits, TENSOR, kind == "symmetric")
     stored = CONTAINER.encode(Linear(alike), form)
-    assert stored["weight_scale"].shape == stored["weight_zero_point"].shape == (1,)
+    assert stored["weight_scale"].shape == (1,)
+    assert ("weight_zero_point" in stored) == (kind == "zeros")
+    found = PackQuantizedCodec().decode(stored, said(form))
+    assert torch.equal(found.dequantize(), alike.dequantize())
 
 
 @pytest.mark.parametrize("structure", [[16, 32], "16x32"], ids=["list", "text"])

@@ -90,6 +90,28 @@ def test_linears_left_out_of_gptq_are_named_by_pattern() -> None:
     assert "dynamic" not in GptqCodec().settings(uniform(4, 32, True))
 
 
+def test_what_vllm_fuses_is_named_as_it_names_it() -> None:
+    """vLLM asks for `qkv_proj` and `gate_up_proj`, and goes by the first pattern that fits."""
+    attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
+    forms = uniform(4, 32, True) | {f"model.layers.{i}.self_attn.o_proj": Form(4, 32, True) for i in range(8)}
+    forms |= {f"{attention}.{p}_proj": Form(8, 32, True) for p in "qkv"}
+    forms |= {f"{mlp}.{p}_proj": None for p in ("gate", "up")} | {f"{mlp}.down_proj": Form(8, 32, True)}
+    found = GptqCodec().settings(forms)
+    assert found["dynamic"] == {
+        r"+:^model\.layers\.1\.self_attn\.(q_proj|k_proj|v_proj|qkv_proj)$": {
+            "bits": 8,
+            "group_size": 32,
+            "sym": True,
+        },
+        r"-:^model\.layers\.1\.mlp\.(gate_proj|up_proj|gate_up_proj)$": {},
+        r"+:^model\.layers\.1\.mlp\.down_proj$": {"bits": 8, "group_size": 32, "sym": True},
+    }
+    for part in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
+        assert for_linear(found, f"{attention}.{part}")["bits"] == 8
+    assert for_linear(found, f"{attention}.o_proj")["bits"] == 4
+    assert for_linear(found, "model.layers.11.self_attn.qkv_proj")["bits"] == 4
+
+
 def test_linears_of_another_form_are_named_in_gptq() -> None:
     name = "model.layers.1.mlp.down_proj"
     forms = uniform(4, 32, True) | {"model.layers.1.mlp.up_proj": Form(4, 32, True), name: Form(8, -1, True)}

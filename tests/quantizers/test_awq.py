@@ -6,14 +6,24 @@ from torch.nn import functional as F
 
 from nybble_models.decoder import Decoder
 from nybble_models.families import FAMILIES
-from nybble_models.formats.form import Form
+from nybble_models.formats.form import CHANNEL, Form
 from nybble_models.weights import Block, Weights
 from nybble_models.window import Window
-from nybble_quantizers import awq, clipping, rtn
-from nybble_quantizers.block import Scene, quantize_block
+from nybble_quantizers import awq, clipping, rounding, rtn
+from nybble_quantizers.block import Finding, Scene, fold_block, merged, round_block
 from nybble_quantizers.calibrate import Inputs, Observation
 from nybble_quantizers.scheme import Scheme
 from support_tiny import CONFIGS, tiny_spec, tiny_weights
+
+
+def quantize_block(
+    block: Block, scene: Scene, forms: dict[str, Form]
+) -> tuple[Block, Block, dict[str, Finding]]:
+    """(the folded block in float, the same with linears in their forms, what was chosen for each)."""
+    folded, scales = fold_block(block, scene, SCHEME, forms)
+    made, rounding = round_block(folded, scene, forms, SCHEME.clip)
+    return folded, made, merged(scales, rounding)
+
 
 SCHEME, FORM = Scheme(group_size=32), Form(4, 32)
 
@@ -40,6 +50,15 @@ def test_a_scale_protects_the_loud_channels() -> None:
     assert choice.ratio is not None
     assert choice.error < 0.5 * choice.plain_error
     assert choice.scale[::13].min() > choice.scale[1:13].max()
+
+
+@pytest.mark.parametrize(
+    "form", [Form(8, CHANNEL, True, "float"), Form(8, CHANNEL, True)], ids=["floats", "integers"]
+)
+def test_a_scale_is_judged_by_the_rounding_that_follows(form: Form) -> None:
+    weight, scale = random(24, 64), random(64, seed=2).exp()
+    expected = rounding.nearest(weight * scale, form).dequantize() / scale
+    assert torch.allclose(awq.scaled_rounding(weight, scale, form), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_no_scale_is_chosen_where_none_helps() -> None:
@@ -123,7 +142,7 @@ def test_awq_beats_round_to_nearest_where_channels_stand_out(name: str) -> None:
     expected = torch.stack([watched(decoder, x, inputs) for x in states])
     scene = Scene(decoder, family, 0, inputs)
     float_block = weights.blocks[0]
-    _, found, findings = quantize_block(float_block, scene, SCHEME, dict.fromkeys(spec.projections, FORM))
+    _, found, findings = quantize_block(float_block, scene, dict.fromkeys(spec.projections, FORM))
     nearest = {p: rtn.quantize(_weight(float_block, p), 4, 32) for p in spec.projections}
     plain = Block({p: type(x)(nearest[p], x.bias) for p, x in float_block.linears.items()}, float_block.norms)
 
@@ -158,7 +177,7 @@ def test_what_stays_float_is_neither_folded_nor_rounded() -> None:
     watched(decoder, decoder.embed(torch.arange(30)), inputs)
     scene = Scene(decoder, family, 0, inputs)
     before = weights.blocks[0]
-    _, after, findings = quantize_block(before, scene, SCHEME, {"gate": FORM, "up": FORM})
+    _, after, findings = quantize_block(before, scene, {"gate": FORM, "up": FORM})
     assert set(findings) == {"gate", "up"}
     for projection in ("q", "k", "v", "o", "down"):
         assert torch.equal(_weight(after, projection), _weight(before, projection))

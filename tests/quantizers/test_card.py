@@ -13,6 +13,8 @@ import yaml
 from nybble_models.errors import BrokenCheckpoint
 from nybble_quantizers import card, papers, sums
 from nybble_quantizers.origin import copy_licence, origin
+from nybble_quantizers.quality_report.page import page
+from nybble_quantizers.quality_report.record import read
 from support_papers import EVALUATION, with_papers
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -151,6 +153,25 @@ def test_only_programs_that_read_the_format_are_named(
     text = (out / card.CARD).read_text()
     assert ("vllm serve" in text) == vllm
     assert needs in text
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_transformers_is_not_named_for_zeros_that_are_packed(tmp_path: Path, symmetric: bool) -> None:
+    """It expects them as they are not, and refuses the file."""
+    scheme = {"format": "compressed-tensors", "symmetric": symmetric}
+    out, _ = with_papers(tmp_path, scheme=scheme)
+    text = (out / card.CARD).read_text()
+    assert ("[transformers]" in text) == symmetric
+    assert "vllm serve" in text
+
+
+def test_fingerprints_of_the_text_are_not_for_readers(tmp_path: Path) -> None:
+    out, report = with_papers(tmp_path, scheme={"method": "awq"})
+    assert report.calibration is not None
+    told = replace(report, calibration=report.calibration | {"sketch": ["0123456789abcdef"]})
+    papers.write(out, told)
+    assert "0123456789abcdef" not in (out / card.CARD).read_text() + page([read(out)])
+    assert papers.read(out).calibration == told.calibration
 
 
 def test_a_quantized_head_is_left_to_nybble(tmp_path: Path) -> None:

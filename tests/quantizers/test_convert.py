@@ -224,6 +224,38 @@ def test_report_and_canary_come_along(tmp_path: Path) -> None:
     assert verify(tmp_path / "out").problems == []
 
 
+def test_papers_and_licence_come_along(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    write_checkpoint(tmp_path / "plain", group_size=None)
+    (tmp_path / "plain" / "LICENSE").write_text("as you like")
+    quantize(tmp_path / "plain", tmp_path / "in", Scheme(method="rtn", group_size=32), command="nybble x")
+    convert(tmp_path / "in", tmp_path / "out", "gptq_v2")
+    assert {f.name for f in (tmp_path / "in").iterdir()} == {f.name for f in (tmp_path / "out").iterdir()}
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "stored as GPTQ v2" in text
+    assert "nybble x  # then nybble convert --format gptq_v2" in text
+    assert (tmp_path / "out" / "LICENSE").read_text() == "as you like"
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "with a head"])
+@pytest.mark.parametrize("target", ["compressed-tensors", "gptq_v2"])
+def test_rounded_ends_stay_where_they_can(
+    tmp_path: Path, target: Any, tied: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "plain").mkdir()
+    write_checkpoint(tmp_path / "plain", group_size=None, tie_word_embeddings=tied)
+    quantize(tmp_path / "plain", tmp_path / "in", Scheme(method="rtn", group_size=32, ends=True))
+    with caplog.at_level(logging.WARNING, "nybble.convert"):
+        done = convert(tmp_path / "in", tmp_path / "out", target)
+    ends = ["model.embed_tokens"] if tied else ["model.embed_tokens", "lm_head"]
+    kept = isinstance(Loader(Checkpoint(tmp_path / "out")).embed(), QuantizedTensor)
+    assert kept == (target == "compressed-tensors")
+    assert [name for name in ends if name in done.forms] == (ends if kept else [])
+    assert [name for name in ends if f"{name} is stored as floats" in caplog.text] == ([] if kept else ends)
+    assert_same(tmp_path / "in", tmp_path / "out")
+    assert verify(tmp_path / "out").problems == []
+
+
 def zeroed(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     stored["model.layers.1.mlp.up_proj.qzeros"] *= 0

@@ -19,6 +19,13 @@ def test_lines_are_documents(tmp_path: Path, name: str) -> None:
     assert corpus.read_documents(path) == ["one", "two"]
 
 
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    texts = ["a\u2028b\u2029c", "d\x85e"]
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join([*rows, ""]).encode())
+    assert corpus.read_documents(tmp_path / "a.jsonl") == texts
+
+
 def test_any_other_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\n\ntwo"))
     assert corpus.read_documents(tmp_path / "a.txt.gz") == ["one\n\ntwo"]

@@ -24,6 +24,7 @@ from nybble_quantizers.hessian import hessian, lack
 from nybble_quantizers.pipeline import quantize
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.sequential import Passage
+from nybble_quantizers.windows import Windows
 from support_checkpoint import write_checkpoint
 from support_tiny import tiny_spec, tiny_weights
 
@@ -340,7 +341,7 @@ def test_the_text_goes_on_through_both_blocks(family: str) -> None:
     block = weights.blocks[0]
     states = [decoder.embed(torch.arange(start, start + 20)) for start in (0, 50)]
     plain = [state + 0.1 * random(*state.shape) for state in states]
-    after, told = list(states), list(plain)
+    after, told = Windows(torch.stack(states)), Windows(torch.stack(plain))
     passage = Passage(decoder, 0, block, SCHEME, dict.fromkeys(spec.projections, Form(4, 32)))
     passage.through(after, told)
     for made, starts, ends in ((passage.made, states, after), (block, plain, told)):
@@ -354,18 +355,34 @@ def test_what_the_stream_lacks_is_made_up_for() -> None:
     spec = tiny_spec("llama")
     weights = tiny_weights(spec, group_size=None)
     decoder = Decoder(spec, weights)
-    states = [decoder.embed(torch.randint(90, (64,), generator=torch.manual_seed(i))) for i in range(8)]
+    states = [decoder.embed(torch.randint(90, (64,), generator=torch.manual_seed(i))) for i in range(32)]
     shift = 0.3 * random(states[0].shape[1], states[0].shape[1]) / states[0].shape[1] ** 0.5
     plain = [state + state @ shift for state in states]
     missed = []
     for aim in (plain, states):
         passage = Passage(decoder, 0, weights.blocks[0], SCHEME, dict.fromkeys(spec.projections, Form(4, 32)))
-        after, told = list(states), list(aim)
+        after, told = Windows(torch.stack(states)), Windows(torch.stack(aim))
         passage.through(after, told)
         if aim is plain:
             wanted = told
         missed.append(sum(float((a - b).square().sum()) for a, b in zip(after, wanted, strict=True)))
     assert missed[0] < 0.8 * missed[1]
+
+
+def test_too_few_tokens_tell_nothing() -> None:
+    """Fewer than sixteen for an input: the linears aim at themselves, as if no float state was known."""
+    spec = tiny_spec("llama")
+    weights = tiny_weights(spec, group_size=None)
+    decoder = Decoder(spec, weights)
+    states = [decoder.embed(torch.randint(90, (64,), generator=torch.manual_seed(i))) for i in range(8)]
+    made = []
+    for plain in ([state * 1.5 for state in states], []):
+        passage = Passage(decoder, 0, weights.blocks[0], SCHEME, dict.fromkeys(spec.projections, Form(4, 32)))
+        told = torch.stack(plain) if plain else torch.empty(0, 64, spec.hidden_size)
+        passage.through(Windows(torch.stack(states)), Windows(told))
+        made.append(passage.made.linears["down"].weight)
+    assert isinstance(made[0], QuantizedTensor) and isinstance(made[1], QuantizedTensor)
+    assert torch.equal(made[0].codes, made[1].codes)
 
 
 def test_solving_undoes_the_damped_hessian() -> None:

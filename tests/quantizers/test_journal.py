@@ -15,6 +15,7 @@ import pytest
 
 from nybble_models.errors import ModelError
 from nybble_quantizers import output
+from nybble_quantizers.estimate import Estimate
 from nybble_quantizers.pipeline import quantize
 from nybble_quantizers.report import QuantizeProgress
 from nybble_quantizers.scheme import Scheme
@@ -58,6 +59,22 @@ def test_an_interrupted_run_goes_on_and_makes_the_same_bytes(
     assert {f.name for f in tmp_path.iterdir()} == {"plain", "whole", "out"}
 
 
+@pytest.mark.parametrize("budgets", [(1, None), (None, 1)], ids=["from files", "to files"])
+def test_states_go_on_wherever_they_were_held(
+    tmp_path: Path, source: Path, budgets: tuple[int | None, int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Estimate, "check", lambda said, budget: None)
+    quantize(source, tmp_path / "whole", GPTQ, command="")
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", GPTQ, command="", memory=budgets[0], progress=stop_after(2))
+    (folder,) = tmp_path.glob(".out.partial-*/journal")
+    kept = {f.name for f in folder.iterdir()} - {"calibration.safetensors"}
+    assert kept == {"block-00000.safetensors", "block-00001.safetensors", "states-00001.safetensors"}
+    quantize(source, tmp_path / "out", GPTQ, command="", memory=budgets[1])
+    whole, out = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("whole", "out"))
+    assert whole == out
+
+
 @pytest.mark.parametrize("kill_at", ["states-00001", "block-00001", "shard-0", "rename"])
 def test_a_killed_run_goes_on_and_makes_the_same_bytes(tmp_path: Path, source: Path, kill_at: str) -> None:
     """SIGKILL in the middle of any write: a process that cannot clean up."""
@@ -66,6 +83,7 @@ def test_a_killed_run_goes_on_and_makes_the_same_bytes(tmp_path: Path, source: P
 import os, signal, sys
 from pathlib import Path
 import nybble_quantizers.journal as journal, nybble_quantizers.output as output
+import nybble_quantizers.windows as windows
 from nybble_quantizers.pipeline import quantize
 from nybble_quantizers.scheme import Scheme
 real = journal.save_file
@@ -75,6 +93,12 @@ def save(tensors, path, metadata=None):
         os.kill(os.getpid(), signal.SIGKILL)
     real(tensors, path, metadata=metadata)
 journal.save_file = output.save_file = save
+replace = os.replace
+def appear(unfinished, path):
+    if {kill_at!r} in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(unfinished, path)
+windows.os.replace = appear
 if {kill_at!r} == "rename":
     output._flush = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
 quantize(Path(sys.argv[1]), Path(sys.argv[2]), Scheme(**{asdict(GPTQ)!r}), command="")

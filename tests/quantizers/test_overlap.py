@@ -8,6 +8,10 @@ import pytest
 from nybble_models.errors import ModelError
 from nybble_quantizers import overlap
 from nybble_quantizers.calibrate import refuse_overlap
+from nybble_quantizers.pipeline import quantize
+from nybble_quantizers.report import Listener, QuantizeProgress
+from nybble_quantizers.scheme import Scheme
+from support_checkpoint import write_checkpoint
 
 RNG = random.Random(5)
 WORDS = [f"word{number}" for number in range(3000)]
@@ -44,9 +48,29 @@ def test_calibration_on_the_judging_text_is_refused(tmp_path: Path) -> None:
     judge, text = tmp_path / "wiki.test.raw", tmp_path / "calib.txt"
     judge.write_text(f"An article. {TWELVE}. The end.")
     text.write_text(TEXT)
-    with pytest.raises(
-        ModelError, match=r"calib\.txt and wiki\.test\.raw share 1 runs of ten words"
-    ):
+    with pytest.raises(ModelError, match=r"calib\.txt and wiki\.test\.raw share 1 runs of ten words"):
         refuse_overlap(text, judge)
     judge.write_text("Nothing in common.")
     refuse_overlap(text, judge)
+
+
+def test_a_run_that_goes_on_is_refused_too(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "plain", group_size=None)
+    text, judge = tmp_path / "calib.txt", tmp_path / "judge.txt"
+    text.write_text(TEXT)
+    judge.write_text(TWELVE)
+
+    def stop(event: QuantizeProgress) -> None:
+        if event.stage == "quantize":
+            raise KeyboardInterrupt
+
+    def run(judge: Path | None, progress: Listener | None = None) -> None:
+        scheme = Scheme(group_size=32, samples=2, length=24, grid=2)
+        quantize(source, tmp_path / "out", scheme, calibration=str(text), evaluation=judge, progress=progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(None, stop)
+    with pytest.raises(ModelError, match="share 1 runs"):
+        run(judge)
+    assert list(tmp_path.glob(".out.partial-*/journal/calibration.safetensors"))  # what is done is not lost
+    run(None)

@@ -240,6 +240,28 @@ def test_a_nan_is_named_and_leaves_nothing(tmp_path: Path, source: Path, name: s
     assert {f.name for f in tmp_path.iterdir()} == {"plain"}
 
 
+@pytest.mark.parametrize(
+    ("method", "part"),
+    [("rtn", "model.layers.1.mlp.up_proj: "), ("awq", "layer 1: "), ("gptq", "layer 1: ")],
+)
+def test_a_number_past_float16_is_placed_and_leaves_nothing(
+    tmp_path: Path, source: Path, method: str, part: str
+) -> None:
+    damage(source, "model.layers.1.mlp.up_proj.weight", 1e20)
+    with pytest.raises(BrokenCheckpoint, match="too large") as caught:
+        quantize(source, tmp_path / "out", replace(AWQ, method=method))
+    assert str(caught.value).startswith(part) and caught.value.hint
+    assert {f.name for f in tmp_path.iterdir()} == {"plain"}
+
+
+def test_an_embedding_too_large_is_named_and_leaves_nothing(tmp_path: Path, source: Path) -> None:
+    damage(source, "model.embed_tokens.weight", 1e9)
+    with pytest.raises(BrokenCheckpoint, match=r"model\.embed_tokens: a weight is too large") as caught:
+        quantize(source, tmp_path / "out", replace(RTN, ends=True))
+    assert caught.value.hint
+    assert {f.name for f in tmp_path.iterdir()} == {"plain"}
+
+
 def test_an_output_that_exists_is_left_alone(tmp_path: Path, source: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError, match="exists already"):

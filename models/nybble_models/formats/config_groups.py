@@ -10,9 +10,11 @@ from torch import Tensor
 
 from nybble_kernels.activations import Activations
 from nybble_models.errors import BrokenCheckpoint
+from nybble_models.families import FAMILIES
 from nybble_models.formats.form import CHANNEL, TENSOR, Form, rule
 
 METHOD = "compressed-tensors"
+TABLES = frozenset(family.embed for family in FAMILIES)  # names that are no `Linear` to other programs
 
 
 def format_of(form: Form) -> str:
@@ -23,12 +25,18 @@ def format_of(form: Form) -> str:
 
 
 def settings_of(forms: Mapping[str, Form | None]) -> dict[str, Any]:
-    """The form that most linears have is that of every `Linear`; others are listed by name."""
-    common = rule(forms.values())
-    others = dict.fromkeys(form for form in forms.values() if form not in (None, common))
+    """The form that most linears have is that of every `Linear`; others are listed by name.
+
+    So is an embedding in a group of its own, whatever its form: "Linear" does not mean it.
+    """
+    common = rule(form for name, form in forms.items() if name not in TABLES)
+    named: dict[tuple[bool, Form], list[str]] = {}
+    for name, form in forms.items():
+        if form is not None and (name in TABLES or form != common):
+            named.setdefault((name in TABLES, form), []).append(name)
     groups = {"group_0": _group(common, ["Linear"])}
-    for number, form in enumerate(others, start=1):
-        groups[f"group_{number}"] = _group(form, [name for name, found in forms.items() if found == form])
+    for number, ((_, form), names) in enumerate(named.items(), start=1):
+        groups[f"group_{number}"] = _group(form, names)
     formats = {group["format"] for group in groups.values()}
     left = [name for name, form in forms.items() if form is None]
     return {

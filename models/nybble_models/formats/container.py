@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_models.errors import ModelError
 from nybble_models.formats.awq import AwqCodec
 from nybble_models.formats.codec import Codec
@@ -20,9 +21,6 @@ from nybble_models.formats.config_groups import format_of
 from nybble_models.formats.form import TENSOR, Form
 from nybble_models.formats.gptq import GptqCodec
 from nybble_models.weights import Linear
-
-WHOLE = ("weight_scale", "weight_zero_point")
-"""Stored once where they are those of a whole matrix."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,19 @@ class Container:
         """What a quantized linear is stored as, bias aside: by local name."""
         stored = self.codec(form).encode(linear.weight)
         if form.group_size == TENSOR:
-            one = {name: stored[name].flatten()[:1] for name in WHOLE if name in stored}
-            stored |= {name: tensor.clone() for name, tensor in one.items()}
+            stored["weight_scale"] = stored["weight_scale"].flatten()[:1].clone()
+            stored |= _one_zero(linear.weight)
         if linear.inputs is not None and linear.inputs.scale is not None:
             stored["input_scale"] = torch.tensor([linear.inputs.scale])
         return stored
+
+
+def _one_zero(weight: Weight) -> dict[str, Tensor]:
+    """The zero point of a whole matrix: plain int8, as one level is not worth a packed word."""
+    if not isinstance(weight, QuantizedTensor) or weight.zeros is None:
+        return {}
+    zero = int(weight.zeros[0, 0]) - 2 ** (weight.bits - 1)
+    return {"weight_zero_point": torch.tensor([zero], dtype=torch.int8)}
 
 
 _AWQ, _V1, _V2 = AwqCodec(), GptqCodec(), GptqCodec(version=2)

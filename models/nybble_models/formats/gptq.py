@@ -25,6 +25,9 @@ from nybble_models.formats.form import Form, rule
 
 WIDTHS = (2, 3, 4, 8)
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every level of a word
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""What vLLM makes one linear of, by the name under which it then looks for it."""
+
 EXCHANGED = (0x00000000, 0xB6DB6DB7, 0x49249249)
 """The symmetric 3-bit zero of older GPTQModels in v1: they mixed up the ones of words 0 and 2."""
 
@@ -120,10 +123,10 @@ class GptqCodec:
         dynamic: dict[str, Any] = {}
         for name, found in forms.items():
             if found is None:
-                dynamic[f"-:^{re.escape(name)}$"] = {}
+                dynamic[f"-:{_pattern(name, forms)}"] = {}
             elif found != form:
                 changed = {"bits": found.bits, "group_size": found.group_size, "sym": found.symmetric}
-                dynamic[f"+:^{re.escape(name)}$"] = changed
+                dynamic[f"+:{_pattern(name, forms)}"] = changed
         return {
             "quant_method": self.method,
             "bits": form.bits,
@@ -135,6 +138,16 @@ class GptqCodec:
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "pack_dtype": "int32",
         } | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _pattern(name: str, forms: Mapping[str, Form | None]) -> str:
+    """Of one linear; of all that vLLM fuses with it and of the fused one, where they are alike."""
+    parent, _, last = name.rpartition(".")
+    for fused, parts in FUSED.items():
+        names = [f"{parent}.{part}" for part in parts]
+        if last in parts and forms.keys() >= set(names) and len({forms[each] for each in names}) == 1:
+            return rf"^{re.escape(parent)}\.({'|'.join((*parts, fused))})$"
+    return f"^{re.escape(name)}$"
 
 
 def _bits(settings: Mapping[str, Any]) -> int:

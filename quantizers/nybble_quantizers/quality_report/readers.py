@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from nybble_models.formats.overrides import summary
-from nybble_quantizers.quality_report.record import Record
+from nybble_quantizers.quality_report.record import Json, Record
 from nybble_quantizers.quality_report.wording import bits_of
 
 NEEDS = {
@@ -28,7 +28,8 @@ def readers(found: Record) -> Iterator[str]:
     if not all(re.search(r"\.\d+\.", row.name) for row in found.rows):
         return
     rule, kind = summary(found.settings), found.settings.get("quant_method")
-    yield f"[transformers](https://github.com/huggingface/transformers){NEEDS[kind]}"
+    if not _has_packed_zeros(found):
+        yield f"[transformers](https://github.com/huggingface/transformers){NEEDS[kind]}"
     common = kind is None or set(bits_of(found)) <= VLLM_BITS
     held = {
         "awq": not rule.symmetric,
@@ -41,6 +42,18 @@ def readers(found: Record) -> Iterator[str]:
 
 def _has_integers_of_one_scale(found: Record) -> bool:
     """A scale for a whole matrix of integers: vLLM wants one a row at least."""
-    groups = (found.settings.get("config_groups") or {}).values()
-    weights = [group.get("weights") or {} for group in groups]
+    weights = [group.get("weights") or {} for group in _groups(found)]
     return any(each.get("strategy") == "tensor" and each.get("type") == "int" for each in weights)
+
+
+def _has_packed_zeros(found: Record) -> bool:
+    """transformers 5.23 expects zeros that are not packed, but where it is told to unpack all at once."""
+    return any(
+        (group.get("format") or found.settings.get("format")) == "pack-quantized"
+        and (group.get("weights") or {}).get("symmetric") is False
+        for group in _groups(found)
+    )
+
+
+def _groups(found: Record) -> Iterable[Json]:
+    return (found.settings.get("config_groups") or {}).values()

@@ -51,7 +51,10 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """`settings` is the `quantization_config`; `calibration` and `versions` are as written, in order."""
+    """`settings` is the `quantization_config`; `calibration` and `versions` are as written, in order.
+
+    The fingerprints of the calibration text are left out: they are for programs.
+    """
 
     name: str
     source: str
@@ -109,7 +112,7 @@ def record(name: str, report: Json, config: Json) -> Record:
         nbytes=sum(size for size in sizes if integer(size) is not None),
         rows=tuple(_row(_mapping(layer)) for layer in layers) if isinstance(layers, list | tuple) else (),
         skipped=tuple(text(each) for each in skipped) if isinstance(skipped, list | tuple) else (),
-        calibration=_pairs(report.get("calibration")),
+        calibration=tuple(pair for pair in _pairs(report.get("calibration")) if pair[0] != "sketch"),
         seed=integer(report.get("seed")),
         versions=_pairs(report.get("versions")),
         command=text(report.get("command")),

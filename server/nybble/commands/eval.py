@@ -15,6 +15,7 @@ from cyclopts import Parameter
 
 from nybble import log
 from nybble.bench.machine import facts
+from nybble.commands.place import check_place
 from nybble.config import ServeConfig
 from nybble.errors import UsageError
 from nybble.progress import display
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from nybble.evaluation.intervals import Estimate
 
 NO_REFERENCE = "none"
+STANDARD_OUTPUT = "-"
 
 LABELS = {
     "perplexity": "perplexity",
@@ -51,12 +53,14 @@ def eval(
     text: Annotated[
         Path | None, Parameter(help="wiki.test.raw, or a .txt or .jsonl; default: WikiText-2 from the hub")
     ] = None,
-    windows: Annotated[int, Parameter(help="windows to measure, evenly spaced; 0: all, as in papers")] = 12,
+    windows: Annotated[
+        int, Parameter(help="windows to measure, one of every so many; 0: all, as in papers")
+    ] = 12,
     length: Annotated[
         int | None, Parameter(help="tokens in a window (default 2048, or all positions)")
     ] = None,
     lambada: Annotated[Path | None, Parameter(help=".jsonl of passages whose last word to guess")] = None,
-    passages: Annotated[int, Parameter(help="passages to measure, evenly spaced; 0: all")] = 500,
+    passages: Annotated[int, Parameter(help="passages to measure, one of every so many; 0: all")] = 500,
     engine: Annotated[
         Literal["serve", "decode", "reference"],
         Parameter(help="serve: as prompts are read; decode: as answers are made; reference: in float32"),
@@ -78,6 +82,8 @@ def eval(
     """Measure perplexity, and KL divergence and top-1 agreement against the unquantized model."""
     if min(windows, passages) < 0:
         raise UsageError("eval: numbers of windows and passages start at 0, which is all", hint="see --help")
+    if json_ is not None and str(json_) != STANDARD_OUTPUT:
+        check_place(json_)
     log.configure("warning")
     from nybble.evaluation.evaluation import check_reference, evaluate, open_model, open_streamed
     from nybble.evaluation.material import Choice, gather
@@ -90,6 +96,8 @@ def eval(
     started = time.perf_counter()
     with display() as shown:
         local = fetch(model, config.cache_path, lambda phase: shown.update(phase, 0.0))
+        if record_:
+            check_report(local)
         base = _base(local, reference, config)
         file = text or fetch_wikitext(config.cache_path)
         material = gather(local, Choice(file, windows, length, lambada, passages))
@@ -111,23 +119,27 @@ def eval(
         "seconds": round(time.perf_counter() - started, 1),
         "machine": facts(),
     }
-    if record_:
-        put_down(local, record)
-    if json_ is None or str(json_) != "-":
+    if json_ is None or str(json_) != STANDARD_OUTPUT:
         print_table(record, result.estimates)
     if json_ is not None:
         write(json_, record)
+    if record_:
+        put_down(local, record)
 
 
 def _base(model: Path, reference: str | None, config: ServeConfig) -> Path | None:
     """The reference's folder or file; `None`, and a line that says so, where there is none."""
     from nybble.evaluation.base import find_base, name_base
+    from nybble.prepare import quantized
     from nybble_models.hub import fetch
 
     if reference == NO_REFERENCE:
         return None
     if reference is not None:
-        return fetch(reference, config.cache_path)
+        given = fetch(reference, config.cache_path)
+        if given.is_dir() and quantized(given):
+            print(f"warning: the reference {reference} is quantized itself", file=sys.stderr)
+        return given
     found = find_base(model, config.cache_path)
     if found is None:
         named = f"{name_base(model)} is not here" if name_base(model) else "none is named"
@@ -154,12 +166,16 @@ def warn_of_overlap(model: Path, text: Path) -> None:
         print(f"warning: {origin} and {text.name} share {len(found)} runs of ten words", file=sys.stderr)
 
 
-def put_down(folder: Path, record: Mapping[str, Any]) -> None:
-    """Into `quant_report.json`, the model card and the sums. Raises `UsageError` where there are none."""
-    from nybble_quantizers import papers
-
+def check_report(folder: Path) -> None:
+    """Whether figures can be put down there. Raises `UsageError`."""
     if not (folder / "quant_report.json").is_file():
         raise UsageError(f"{folder}: no quant_report.json to record in", hint="`nybble quantize` writes one")
+
+
+def put_down(folder: Path, record: Mapping[str, Any]) -> None:
+    """Into `quant_report.json`, the model card and the sums."""
+    from nybble_quantizers import papers
+
     text = record["text"]
     said = {"text": text["name"], "windows": text["windows"], "length": text["length"]}
     papers.add_evaluation(folder, record["figures"] | said | {"engine": record["model"]["engine"]})
@@ -167,7 +183,7 @@ def put_down(folder: Path, record: Mapping[str, Any]) -> None:
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
     text = json.dumps(record, indent=2)
-    if str(path) == "-":
+    if str(path) == STANDARD_OUTPUT:
         print(text)
     else:
         path.write_text(text + "\n", encoding="utf-8")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from nybble import log
+from nybble.commands.dry_run import check as dry_run_of
 from nybble.config import ServeConfig
 from nybble.errors import UsageError
 from nybble.progress import Display, display
@@ -69,7 +72,11 @@ def quantize(
     ] = "auto",
     override: Annotated[
         tuple[str, ...],
-        Parameter(help="other bits for some linears, as *.down_proj=8 or *.o_proj=4g32 or *=16", negative=()),
+        Parameter(
+            help="other bits for some linears, as *.down_proj=8 or *.o_proj=4g32 or *=16",
+            negative=(),
+            consume_multiple=True,
+        ),
     ] = (),
     target_bits: Annotated[
         float | None, Parameter(help="choose 3, 4, 8 or 16 bits for each linear, so many on average")
@@ -90,16 +97,26 @@ def quantize(
     samples: Annotated[int, Parameter(help="windows of text to calibrate on")] = 16,
     length: Annotated[int, Parameter(help="tokens in a window")] = 256,
     skip: Annotated[
-        tuple[str, ...], Parameter(help="linears to leave at 16 bits, as *.down_proj", negative=())
+        tuple[str, ...],
+        Parameter(help="linears to leave at 16 bits, as *.down_proj", negative=(), consume_multiple=True),
     ] = (),
     seed: Annotated[int, Parameter(help="same seed, same bytes")] = 0,
+    memory: Annotated[
+        str | None, Parameter(help="to keep to, as 8GiB; the text's states go to files where they do not fit")
+    ] = None,
+    dry_run: Annotated[
+        bool, Parameter(help="print memory, disk and time that it will take, and write nothing", negative=())
+    ] = False,
     cache_dir: Annotated[str, Parameter(help="where fetched models are kept (default ~/.cache/nybble)")] = "",
 ) -> None:
     """Write a quantized copy of a model. The same command after a crash goes on where it stood."""
     if output.exists():
         raise UsageError(f"{output}: exists already", hint="name another folder with -o, or remove it")
     log.configure("warning")
+    from nybble.engine.bandwidth import available_memory
     from nybble_models.hub import fetch
+    from nybble_quantizers.estimate import resident
+    from nybble_quantizers.pipeline import foresee
     from nybble_quantizers.pipeline import quantize as write
 
     given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "alpha": alpha}
@@ -119,13 +136,26 @@ def quantize(
         act_order=act_order,
         damp=damp,
     )
+    budget = available_memory() + resident() if memory is None else in_bytes(memory)
     with display() as shown:
         local = fetch(
             source, ServeConfig(cache_dir=cache_dir).cache_path, lambda text: shown.update(text, 0.0)
         )
-        told = Steps(shown)
+        if dry_run:
+            found = dry_run_of(foresee(local, wanted, calibration=calibration, memory=budget), budget, output)
+            shown.close()
+            print(found)
+            return
         report = write(
-            local, output, wanted, calibration=calibration, evaluation=evaluation, seed=seed, progress=told
+            local,
+            output,
+            wanted,
+            calibration=calibration,
+            evaluation=evaluation,
+            seed=seed,
+            progress=Steps(shown),
+            command=shlex.join(["nybble", *sys.argv[1:]]),
+            memory=budget,
         )
         shown.close()
     print(summary(output, report))

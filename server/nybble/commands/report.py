@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from nybble.commands.place import check_place
 from nybble.errors import UsageError
 
 
@@ -22,6 +23,7 @@ def report(
     from nybble_quantizers.quality_report.page import page
     from nybble_quantizers.quality_report.record import read
 
+    check_place(output)
     for folder in checkpoints:
         if not folder.is_dir():
             raise UsageError(

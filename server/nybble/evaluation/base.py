@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nybble.prepare import quantized
 from nybble_models.checkpoint import read_json
 from nybble_models.hub import DEFAULT, fetch, name_of
 
@@ -17,7 +18,7 @@ def find_base(model: Path, cache: Path) -> Path | None:
     source = _report(model).get("source")
     if not isinstance(source, str) or not source:
         return None
-    return next((found for found in _candidates(source, model, cache) if found.exists()), None)
+    return next((found for found in _candidates(source, model, cache) if _may_be_base(found, model)), None)
 
 
 def name_base(model: Path) -> str:
@@ -26,6 +27,13 @@ def name_base(model: Path) -> str:
     origin = report.get("origin")
     hub_id = origin.get("base_model") if isinstance(origin, dict) else None
     return str(hub_id or report.get("source") or "")
+
+
+def _may_be_base(found: Path, model: Path) -> bool:
+    """A folder or .gguf file that is neither the model itself nor another quantized copy."""
+    if found.is_dir() and (found / "config.json").is_file():
+        return not (found.samefile(model) or quantized(found))
+    return found.is_file() and not found.samefile(model)
 
 
 def _report(model: Path) -> Mapping[str, Any]:

@@ -33,7 +33,10 @@ class Guess:
 
 
 def passages(path: Path, tokenizer: Tokenizer, length: int, count: int) -> list[Passage]:
-    """`count` passages evenly spaced over a .jsonl file (0: all). Raises `UsageError`."""
+    """`count` of the n passages of a .jsonl file, every (n // count)th from the first on (0: all).
+
+    Raises `UsageError`.
+    """
     texts = documents(path)
     if not texts:
         raise UsageError(f"{path} holds no passages", hint='each line is an object: {"text": "..."}')

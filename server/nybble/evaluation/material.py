@@ -16,7 +16,7 @@ from nybble_models.loader import Loader
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to take: `windows` and `passages` evenly spaced, 0 for all; `length` None for the papers'."""
+    """What to take: so many `windows` and `passages`, 0 for all; `length` None for the papers'."""
 
     text: Path
     windows: int = 12

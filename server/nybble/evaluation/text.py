@@ -63,7 +63,10 @@ def documents(path: Path, raw: bytes | None = None) -> list[str]:
 
 
 def windows(ids: Sequence[int], length: int, count: int) -> list[Tokens]:
-    """Windows without overlap, the tail dropped: `count` of them evenly spaced, all where it is 0."""
+    """Windows without overlap, the tail dropped: `count` of the n, every (n // count)th from the first on.
+
+    All of them where `count` is 0. Where it does not divide n, the end of the text is left out.
+    """
     starts = range(0, len(ids) - length + 1, length)
     if not starts:
         raise UsageError(

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from nybble_models.window import Window
 from nybble_quantizers import rtn
 from nybble_quantizers.distill import distill
 from nybble_quantizers.levels import Levels, Pace, TunedBlock
-from nybble_quantizers.signround import Tuned, tune_block
 from nybble_quantizers.slope import Slope, batches, spaced
 from nybble_quantizers.workers import Map, in_turn, side_by_side
 from support_tiny import CONFIGS, tiny_spec, tiny_weights
@@ -45,6 +44,15 @@ def rounded(block: Block, form: Form, but: tuple[str, ...] = ()) -> Block:
     return Block(linears, block.norms)
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned block, and its objective over the target's energy before and after."""
+
+    block: Block
+    before: float
+    after: float
+
+
 class Case:
     """A tiny random model, its first block rounded, and text before and after the float block."""
 
@@ -65,10 +73,19 @@ class Case:
             states = [decoder.block(layer, x, Window(self.spec)) for x in states]
         return states
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def tune(self, pace: Pace = SHORT, seed: int = 0, run: Map = in_turn) -> Tuned:
+        """The first block alone, down the squared distance from the float block's outputs."""
         targets = self.through(self.whole[:1])
-        whole, start = self.whole[0], self.rounded[0]
-        return tune_block(self.decoder, 0, whole, start, self.states, targets, pace, seed, run)
+        slope, tuned = Slope(self.decoder, run), TunedBlock(self.whole[0], self.rounded[0])
+        for step, chosen in enumerate(batches(len(targets), pace, seed)):
+            values = tuned.values()
+            windows = [(self.states[i], targets[i].neg().add) for i in chosen]
+            _, gradients = slope.backward(0, tuned.block(values), values, windows)
+            tuned.move(gradients, pace, step)
+        made = tuned.made()
+        return Tuned(made, self.error(self.rounded[0]), self.error(made))
 
     def error(self, block: Block) -> float:
         pairs = list(zip(self.through([block]), self.through(self.whole[:1]), strict=True))
@@ -143,8 +160,6 @@ def test_judges_are_evenly_spaced() -> None:
 def test_a_tuned_block_is_nearer_to_the_float_block(form: Form) -> None:
     case = Case(form=form)
     tuned = case.tune()
-    assert tuned.before == pytest.approx(case.error(case.rounded[0]), rel=1e-4)
-    assert tuned.after == pytest.approx(case.error(tuned.block), rel=1e-4)
     assert tuned.after < 0.9 * tuned.before
     for name, linear in tuned.block.linears.items():
         start = case.rounded[0].linears[name].weight
@@ -185,13 +200,6 @@ def test_what_is_not_quantized_stays() -> None:
     assert tuned.linears["o"].weight is case.whole[0].linears["o"].weight
     assert tuned.linears["gate"].weight is case.whole[0].linears["gate"].weight
     assert tuned.linears["down"].inputs is activations
-
-
-def test_the_start_comes_back_where_tuning_does_harm() -> None:
-    case = Case()
-    tuned = case.tune(RECKLESS)
-    assert tuned.block is case.rounded[0]
-    assert tuned.before == tuned.after == pytest.approx(case.error(case.rounded[0]), rel=1e-4)
 
 
 def test_inputs_are_left_alone() -> None:
