@@ -16,6 +16,9 @@ from nybble_kernels.float8 import Float8Tensor
 from nybble_kernels.quantized import QuantizedTensor, Weight
 
 INT4_GROUPS = (32, 64, 128, 256)  # what `_weight_int4pack_mm_for_cpu` takes
+INT8_INPUTS = (
+    16  # `_weight_int8pack_mm` reads vectors of so many, past the end of a row that has no whole number
+)
 ROW_TILE = 16  # float rows come in whole tiles: for a few rows the BLAS picks another summation order
 SMALL_ROWS = 16  # above, the int4 op soon costs more than dequantize-then-matmul
 
@@ -115,7 +118,7 @@ def pack(weight: Weight) -> PackedLinear:
         return FloatLinear(weight.dequantize(torch.bfloat16))
     if _takes_int4(weight):
         return _pack_int4(weight)
-    if weight.bits == 8 and weight.symmetric and weight.scales.shape[1] == 1 and weight.permutation is None:
+    if _takes_int8(weight):
         return Int8Linear(
             (weight.codes.to(torch.int16) - 128).to(torch.int8).contiguous(), weight.scales[:, 0].bfloat16()
         )
@@ -125,6 +128,11 @@ def pack(weight: Weight) -> PackedLinear:
 def _takes_int4(weight: QuantizedTensor) -> bool:
     grouped = weight.group_size in INT4_GROUPS and weight.in_features % weight.group_size == 0
     return weight.bits == 4 and grouped and weight.out_features % 16 == 0 and weight.permutation is None
+
+
+def _takes_int8(weight: QuantizedTensor) -> bool:
+    by_row = weight.scales.shape[1] == 1 and weight.in_features % INT8_INPUTS == 0
+    return weight.bits == 8 and weight.symmetric and by_row and weight.permutation is None
 
 
 def _pack_int4(weight: QuantizedTensor) -> Int4Linear:

@@ -94,7 +94,7 @@ def _skipped(unit: Unit, scheme: Scheme, family: Family) -> bool:
 
 
 def choose(
-    loader: Loader, scheme: Scheme, container: Container, tokens: Tensor, seed: int, run: Map = in_turn
+    loader: Loader, scheme: Scheme, tokens: Tensor, seed: int, run: Map = in_turn
 ) -> dict[str, Form | None]:
     """The forms of the units by full name, such that their bytes meet the scheme's target.
 
@@ -103,7 +103,9 @@ def choose(
     """
     spec, family = loader.spec, loader.family
     fixed = said(scheme, spec, family)
-    menus = _menus(scheme, spec, family, fixed, _named(scheme, spec, family, tuple(fixed), scheme.form or Form()))
+    menus = _menus(
+        scheme, spec, family, fixed, _named(scheme, spec, family, tuple(fixed), scheme.form or Form())
+    )
     budget = _budget(scheme, spec, tuple(menus))
     costs = sensitivity.measure(loader, tokens[:WINDOWS], menus, seed, run)
     found = mixed.allocate(costs, mixed.sizes(spec, menus), budget)
@@ -132,7 +134,8 @@ def _check_target(scheme: Scheme, spec: ModelSpec, menus: Mapping[Unit, list[For
     plain = sum(unit.nbytes(spec, None) for unit in menus)
     if budget >= plain and all(None in menu for menu in menus.values()):
         raise ModelError(
-            f"{budget:,} bytes hold all {plain:,} at 16 bits: nothing would be rounded", hint="lower the target"
+            f"{budget:,} bytes hold all {plain:,} at 16 bits: nothing would be rounded",
+            hint="lower the target",
         )
 
 

@@ -74,7 +74,8 @@ def apply(
             raise ModelError(f"{override.pattern!r} matches no linear", hint=f"a name is {example}")
         last |= dict.fromkeys(matched, override)
     chosen = {
-        unit: [_form(last.get(name), _base(unit, base)) for name in of_unit] for unit, of_unit in names.items()
+        unit: [_form(last.get(name), _base(unit, base)) for name in of_unit]
+        for unit, of_unit in names.items()
     }
     for unit, forms in chosen.items():
         if len(set(forms)) > 1:

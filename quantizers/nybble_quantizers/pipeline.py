@@ -191,7 +191,7 @@ class _Run:
         forms = journal.forms()
         if forms is None:
             self.tell(QuantizeProgress("choose", 0, 1))
-            forms = choose(self.loader, self.scheme, self.container, calibration.tokens, self.seed, run)
+            forms = choose(self.loader, self.scheme, calibration.tokens, self.seed, run)
             journal.keep_forms(forms)
         return select(self.loader.spec, self.loader.family, self.scheme, self.container, forms)
 

@@ -20,14 +20,15 @@ class Scheme:
     """`samples` windows of `length` tokens calibrate AWQ and GPTQ; `grid` is how many ratios AWQ tries.
 
     `skip` holds shell patterns of linears that stay 16-bit ("*.down_proj", "model.layers.0.*"), also where an
-    override or a target says otherwise. `format` is a name of `CONTAINERS`, or "auto": AWQ where it can hold the form, else compressed-tensors. `overrides`
-    are "PATTERN=FORM" (see `override`). With `target_bits` a weight, scales and zeros included, or
-    `target_bytes`, the bits of each linear are chosen. `ends`: the embedding and the head are rounded too.
-    `kind` "float" is FP8 (E4M3). `inputs`: activations are rounded to 8 bits of the same kind, with a scale a
-    "token", or one for the "tensor" that calibration finds. `alpha`: how much of their range SmoothQuant
-    moves into the weights; None: searched for each fold. `best`: afterwards levels, scales, norms and biases
-    are tuned by gradient in so many `steps`. `act_order`: GPTQ makes groups of the inputs by loudness, which
-    kernels then have to permute. `damp`: what is added to a Hessian's diagonal at first, of its mean.
+    override or a target says otherwise. `format` is a name of `CONTAINERS`, or "auto": AWQ where it can hold
+    the form, else compressed-tensors. `overrides` are "PATTERN=FORM" (see `override`). With `target_bits` a
+    weight, scales and zeros included, or `target_bytes`, the bits of each linear are chosen. `ends`: the
+    embedding and the head are rounded too. `kind` "float" is FP8 (E4M3). `inputs`: activations are rounded to
+    8 bits of the same kind, with a scale a "token", or one for the "tensor" that calibration finds. `alpha`:
+    how much of their range SmoothQuant moves into the weights; None: searched for each fold. `best`:
+    afterwards levels, scales, norms and biases are tuned by gradient in so many `steps`. `act_order`: GPTQ
+    makes groups of the inputs by loudness, which kernels then have to permute. `damp`: what is added to a
+    Hessian's diagonal at first, of its mean.
     Method "none" keeps every weight at 16 bits (a change of container only).
     """
 
@@ -79,9 +80,9 @@ class Scheme:
         if self.format != "auto" or self.act_order:
             container("gptq_v2" if self.format == "auto" else self.format, self.act_order)
         self._check_target()
-        if self.format not in ("auto", "compressed-tensors") and self.ends:
+        if self.ends and self.container.name != "compressed-tensors":
             raise ModelError(
-                f"{self.format} holds no quantized embedding", hint="--format compressed-tensors does"
+                f"{self.container.name} holds no quantized embedding", hint="--format compressed-tensors does"
             )
         if self.format == "awq" and (self.mixes or self.overrides):
             raise ModelError("AWQ has one form for all linears", hint="--format compressed-tensors has many")

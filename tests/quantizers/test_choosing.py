@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from nybble_models.checkpoint import Checkpoint
 from nybble_models.decoder import Decoder
 from nybble_models.errors import ModelError
 from nybble_models.loader import Loader
-from nybble_quantizers.pipeline import quantize
+from nybble_quantizers.pipeline import foresee, quantize
 from nybble_quantizers.report import QuantizeProgress
-from nybble_quantizers.scheme import Scheme
+from nybble_quantizers.scheme import Scheme, preset
+from nybble_quantizers.verify import verify
 from support_checkpoint import write_checkpoint
 
 RTN = Scheme(method="rtn", group_size=32, samples=4, length=24, grid=8)
@@ -150,6 +152,103 @@ def test_contradictions_are_refused(changes: dict[str, Any], reason: str) -> Non
     with pytest.raises(ModelError, match=reason) as caught:
         replace(RTN, **changes)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["W8A8", "W8A8-static", "FP8", "FP8-static"])
+def test_ends_beside_rounded_inputs_read_floats(tmp_path: Path, source: Path, name: str) -> None:
+    quantize(source, tmp_path / "out", preset(name, ends=True, samples=4, length=24))
+    loader = Loader(Checkpoint(tmp_path / "out"))
+    assert "model.embed_tokens.weight_scale" in loader.source
+    inputs = loader.block(0).linears["q"].inputs
+    assert inputs is not None and (inputs.scale is None) == ("static" not in name)
+    assert distance(tmp_path / "out", source) < 0.15
+    assert verify(tmp_path / "out").problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("W8A8", {"overrides": ("*.down_proj=4",)}, "inputs are rounded where weights have 8 bits"),
+        ("FP8", {"overrides": ("*=4g32",)}, "floats have 8 bits"),
+        ("W8A8", {"overrides": ("*=8channel-asym",)}, "no zero points"),
+        ("W4A16", {"overrides": ("*=4g48",)}, "64 inputs are not a multiple of the group size 48"),
+        ("W4A16", {"overrides": ("*=5",), "format": "gptq_v2"}, "GPTQ holds 2, 3, 4 or 8-bit"),
+        (
+            "W4A16",
+            {"overrides": ("*=4-asym",), "format": "gptq", "symmetric": True},
+            "gptq cannot hold every zero point",
+        ),
+        ("W4A16", {"skip": ("*.nothing",)}, r"'\*.nothing' matches no linear"),
+        ("W4A16", {"target_bytes": 1 << 40}, "nothing would be rounded"),
+        ("W4A16", {"target_bits": 2.5}, "too few"),
+        ("W4A16", {"target_bits": 5.0, "skip": ("*_proj",)}, "too few"),
+    ],
+    ids=[
+        *("bits", "groups", "zeros", "no multiple", "no width", "gptq zeros"),
+        *("no match", "too much", "too few", "all skipped"),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_before_anything_is_done(
+    source: Path, name: str, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ModelError, match=reason) as caught:
+        foresee(source, preset(name, **changes))
+    assert caught.value.hint and "\n" not in str(caught.value)
+
+
+def test_a_skip_wins(tmp_path: Path, source: Path) -> None:
+    scheme = replace(RTN, skip=("*.down_proj", "lm_head"), overrides=("*.mlp.*=8",))
+    quantize(source, tmp_path / "out", scheme)
+    found = bits_of(tmp_path / "out")
+    assert (found["0.down"], found["0.gate"], found["0.q"]) == (16, 8, 4)
+
+
+def test_a_target_counts_what_is_skipped(tmp_path: Path, source: Path) -> None:
+    quantize(source, tmp_path / "out", replace(RTN, target_bits=7.5, skip=("*.1.*.down_proj",)))
+    spec, found = Loader(Checkpoint(source)).spec, Loader(Checkpoint(tmp_path / "out"))
+    assert bits_of(tmp_path / "out")["1.down"] == 16
+    weights = sum(math.prod(spec.shape(p)) for p in spec.projections) * spec.num_layers
+    stored = sum(
+        2 * math.prod(held.shape) if isinstance(held := linear.weight, torch.Tensor) else held.nbytes
+        for layer in range(spec.num_layers)
+        for linear in found.block(layer).linears.values()
+    )
+    assert 8 * stored / weights <= 7.5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "groups"),
+    [
+        ({"hidden_size": 96, "intermediate_size": 160}, {32}),
+        ({"hidden_size": 80, "intermediate_size": 112}, {16}),
+        ({"hidden_size": 100, "intermediate_size": 60, "num_attention_heads": 2}, {100, 60}),
+    ],
+    ids=["32", "16", "channel"],
+)
+def test_the_preset_auto_takes_any_width(tmp_path: Path, sizes: dict[str, int], groups: set[int]) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    write_checkpoint(folder, group_size=None, **sizes)
+    scheme = preset("auto", method="rtn", samples=4, length=24)
+    quantize(folder, tmp_path / "out", scheme)
+    loader = Loader(Checkpoint(tmp_path / "out"))
+    held = [linear.weight for layer in range(3) for linear in loader.block(layer).linears.values()]
+    narrow = [w for w in held if isinstance(w, QuantizedTensor) and w.bits < 8]
+    assert {weight.group_size for weight in narrow} == groups
+
+
+def test_ends_have_a_scale_a_row_where_groups_do_not_fit(tmp_path: Path) -> None:
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    write_checkpoint(
+        folder, group_size=None, hidden_size=96, intermediate_size=128, tie_word_embeddings=False
+    )
+    scheme = replace(RTN, group_size=64, ends=True, skip=("lm_head",), format="compressed-tensors")
+    quantize(folder, tmp_path / "out", scheme)
+    loader = Loader(Checkpoint(tmp_path / "out"))
+    embed, head = loader.embed(), loader.head()
+    assert isinstance(embed, QuantizedTensor) and (embed.bits, embed.group_size) == (8, 96)
+    assert head is not None and isinstance(head.weight, torch.Tensor)
 
 
 def test_settings_name_what_differs(tmp_path: Path, source: Path) -> None:

@@ -55,6 +55,13 @@ def test_the_embedding_has_a_name_too() -> None:
     assert forms("model.embed_tokens=8g64") == {Unit(None, ("embed",)): Form(8, 64)}
 
 
+def test_what_an_embedding_reads_is_not_rounded() -> None:
+    base = Form(8, CHANNEL, True, inputs="token")
+    found = apply([parse_override("*embed_tokens=8"), parse_override("*.o_proj=8")], UNITS, FAMILY, base)
+    assert found[Unit(None, ("embed",))] == Form(8, CHANNEL, True)
+    assert found[Unit(0, ("o",))] == base
+
+
 def test_names_on_disk_carry_the_forms() -> None:
     named = by_name(FAMILY, forms("model.layers.2.self_attn.[qkv]_proj=8"))
     assert named == {f"model.layers.2.self_attn.{p}_proj": Form(8, 32) for p in "qkv"}

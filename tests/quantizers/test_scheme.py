@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ from nybble_quantizers.scheme import Scheme, preset
         {"samples": 0},
         {"length": 1},
         {"grid": 0},
+        {"damp": -0.01},
+        {"damp": math.nan},
+        {"damp": math.inf},
     ],
     ids=str,
 )
@@ -45,6 +49,38 @@ def test_nonsense_is_refused_in_one_line(wrong: dict[str, Any]) -> None:
 )
 def test_a_label_says_what_is_in_the_folder(scheme: Scheme, label: str) -> None:
     assert scheme.label == label
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("W8A8", {"target_bits": 5.0}, "a target chooses widths of integers"),
+        ("FP8", {"target_bytes": 5000}, "a target chooses widths of integers"),
+        ("W4A16", {"target_bits": 0.0}, "0 bits a weight is no target"),
+        ("W4A16", {"target_bits": 16.0}, "16 bits a weight is no target"),
+        ("W4A16", {"target_bits": math.nan}, "nan bits a weight is no target"),
+        ("W4A16", {"target_bytes": 0}, "0 bytes are no target"),
+        ("W16", {"target_bits": 5.0}, "rounds nothing"),
+        ("W16", {"overrides": ("*=8",)}, "rounds nothing"),
+        ("W16", {"ends": True}, "rounds nothing"),
+        ("W4A16", {"method": "gptq", "act_order": True, "best": True}, "does not tune act-order"),
+        ("W8A8", {"method": "gptq", "best": True}, "does not tune rounded inputs"),
+        ("W8A8", {"best": True}, "does not tune rounded inputs"),
+        ("W4A16-RTN", {"best": True}, "does not tune rtn"),
+        (
+            "W4A16",
+            {"method": "gptq", "act_order": True, "ends": True},
+            "gptq_v2 holds no quantized embedding",
+        ),
+        ("W4A16", {"method": "gptq", "format": "gptq"}, "gptq cannot hold every zero point"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_go_together_is_refused_at_once(name: str, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ModelError, match=reason) as caught:
+        preset(name, **changes)
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
 
 
 def test_a_preset_can_be_changed() -> None:

@@ -98,7 +98,11 @@ def quantize(
     length: Annotated[int, Parameter(help="tokens in a window")] = 256,
     skip: Annotated[
         tuple[str, ...],
-        Parameter(help="linears to leave at 16 bits, as *.down_proj", negative=(), consume_multiple=True),
+        Parameter(
+            help="linears to leave at 16 bits, as *.down_proj; wins over --override",
+            negative=(),
+            consume_multiple=True,
+        ),
     ] = (),
     seed: Annotated[int, Parameter(help="same seed, same bytes")] = 0,
     memory: Annotated[
