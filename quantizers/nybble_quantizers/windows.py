@@ -93,7 +93,7 @@ class Place(Protocol):
 
 
 def in_memory(count: int, shape: tuple[int, ...]) -> Windows:
-    return Windows(torch.empty(count, *shape))
+    return Windows(torch.empty(count, *shape, device="cpu"))
 
 
 def spilled_to(folder: Path) -> Place:
