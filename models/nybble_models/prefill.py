@@ -1,4 +1,4 @@
-"""Prompts on the CPU: the decoder over dequantized weights, one float matrix in memory at a time."""
+"""Prompts on the CPU: the decoder over a step's weights, multiplied as they are or dequantized on the way."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ FUSED = {("q", "k", "v"): "qkv", ("gate", "up"): "gate_up"}
 
 class Packed(Protocol):
     """A weight that a step holds packed."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """float32 [T, K] -> x Wᵀ [T, N], partners side by side, as the step rounds and sums."""
+        ...
 
     def dequantize_into(self, out: Tensor) -> None:
         """Write it as float32 [N, K], partners stacked."""
@@ -55,13 +59,15 @@ class Step(Protocol):
 
 
 class Prefill(Decoder):
-    """The decoder whose projections are dequantized on the way, in float32 or bfloat16.
+    """The decoder whose projections are the step's own products, or of floats dequantized on the way.
 
-    Rows are padded to tiles of 16: below 8 rows a BLAS may sum in another order, and then a prompt's numbers
-    would depend on how it was cut into chunks.
+    dtype: None for the step's products, else the floats. Rows are padded to tiles of 16: below 8 rows a BLAS
+    may sum in another order, and then a prompt's numbers would depend on how it was cut into chunks.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, step: Step, kv: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, step: Step, kv: Tensor, dtype: torch.dtype | None
+    ) -> None:
         super().__init__(spec, weights)
         self.steps = step
         self.kv = kv
@@ -71,7 +77,7 @@ class Prefill(Decoder):
             id(b): {names: _stacked_bias(b, names) for names in self._stacks()} for b in weights.blocks
         }
         largest = max(outputs * inputs for outputs, inputs in map(self._shape, self._stacks()))
-        self.workspace = torch.empty(largest)
+        self.workspace = torch.empty(0 if dtype is None else largest)
         if spec.positions == "rotary":
             self.cos, self.sin = rotary_table(spec, spec.max_positions + ROWS)
 
@@ -102,15 +108,18 @@ class Prefill(Decoder):
 
     def project(self, block: Block, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
         key = tuple(names)
-        outputs, inputs = self._shape(key)
-        weight = self.workspace[: outputs * inputs].view(outputs, inputs)
-        name = FUSED.get(key, key[0])
-        self.steps.linear(self.layer_of[id(block)], name).dequantize_into(weight)
-        y = F.linear(x.to(self.dtype), weight.to(self.dtype)).float()
+        packed = self.steps.linear(self.layer_of[id(block)], FUSED.get(key, key[0]))
+        y = packed.multiply(x.contiguous()) if self.dtype is None else self._dequantized(key, packed, x)
         bias = self.biases[id(block)][key]
         if bias is not None:
             y += bias
         return torch.split(y, [self.spec.shape(n)[0] for n in key], dim=-1)
+
+    def _dequantized(self, key: Sequence[str], packed: Packed, x: Tensor) -> Tensor:
+        outputs, inputs = self._shape(key)
+        weight = self.workspace[: outputs * inputs].view(outputs, inputs)
+        packed.dequantize_into(weight)
+        return F.linear(x.to(self.dtype), weight.to(self.dtype)).float()
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head over [T, D], rows padded like those of a prompt."""

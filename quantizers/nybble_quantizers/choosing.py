@@ -24,7 +24,7 @@ from nybble_quantizers.workers import Map, in_turn
 
 log = logging.getLogger("nybble.quantize")
 
-WIDTHS = (3, 4)  # with the scheme's groups; and 8 bits, and 16: what a target chooses from
+WIDTHS = (3, 4, 5, 6)  # with the scheme's groups; and 8 bits, and 16: what a target chooses from
 GROUPS = (32, 16, CHANNEL)  # where inputs are no multiple of the scheme's group
 WINDOWS = 4  # more choose no better: on SmolLM2-135M the sums of eight and of four agree within 1 %
 END_WIDTHS = (4, 6, 8)  # of an embedding or a head: a level of 3 bits in a row of a vocabulary is noise

@@ -15,7 +15,7 @@ from nybble_kernels.numba.isa import AVX2, AVX512_VNNI, AVX_VNNI, PLAIN, Isa, ch
 from nybble_kernels.numba.layout import Format
 from nybble_kernels.numba.machine import Target, assembly
 
-FORMS = Format(4, half=True, minimum=False), Format(8, half=False, minimum=True)
+FORMS = Format(4, half=True, minimum=False), Format(6, half=False, minimum=False), Format(8, False, True)
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 
 
@@ -33,7 +33,8 @@ X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 def test_it_compiles_for_its_processors(
     isa: Isa, cpu: str, triple: str, present: tuple[str, ...], absent: tuple[str, ...]
 ) -> None:
-    text = assembly(isa, Target(cpu, "", triple), FORMS)
+    target = Target(cpu, "", triple)
+    text = "".join(assembly(isa, target, form) for form in (None, *FORMS))
     for word in present:
         assert word in text, word
     for word in absent:
@@ -62,11 +63,11 @@ def test_the_cache_lies_where_it_is_told(tmp_path: Path, monkeypatch: pytest.Mon
 
 SECOND_START = """
 import time
-from nybble_kernels.numba import compiled, isa, machine
+from nybble_kernels.numba import compiled, isa, layout, machine
 del machine.optimise
 started = time.perf_counter()
 run = compiled.compiled_step()
-compiled.kernels(isa.choose())
+compiled.kernels(isa.choose()).dequantize(layout.Format(4, True, False))
 assert run.stats.cache_hits and not run.stats.cache_misses
 print(time.perf_counter() - started)
 """
@@ -75,7 +76,7 @@ print(time.perf_counter() - started)
 def test_a_second_start_compiles_nothing() -> None:
     """Another process finds step and kernels on disk."""
     compiled.compiled_step()
-    compiled.kernels(choose())
+    compiled.kernels(choose()).dequantize(Format(4, half=True, minimum=False))
     folders = {"PYTHONPATH": "kernels", "NUMBA_CACHE_DIR": str(cache_folder().parent)}
     done = subprocess.run(
         [sys.executable, "-c", SECOND_START],

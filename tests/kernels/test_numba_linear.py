@@ -31,6 +31,10 @@ SHAPES = [  # n, k, bits, group, kind
     (16, 128, 8, 64, "minimums"),
     (16, 50, 5, 25, "zeros"),
     (50, 64, 6, 64, "symmetric"),
+    (33, 96, 6, 32, "zeros"),
+    (33, 128, 5, 64, "zeros"),
+    (20, 64, 7, 32, "minimums"),
+    (20, 64, 3, 64, "minimums"),
 ]
 IDS = [f"int{b} g{g} {kind} {n}x{k}" for n, k, b, g, kind in SHAPES]
 
@@ -86,7 +90,7 @@ def test_instruction_sets_agree_to_the_bit(n: int, k: int, bits: int, group: int
 
 def test_extreme_codes_and_activations_do_not_saturate() -> None:
     """Every product at its largest, every sign: 16-bit sums must hold them."""
-    for bits in (4, 8):
+    for bits in range(2, 9):
         codes = torch.full((16, 64), 2**bits - 1, dtype=torch.uint8)
         codes[8:] = 0
         weight = QuantizedTensor(codes, torch.ones(16, 1), bits, 64)

@@ -50,6 +50,20 @@ def test_codes_lie_where_the_layout_says() -> None:
     assert int(packed.data.view(2, -1)[:, :512].count_nonzero()) == 4
 
 
+def test_planes_hold_the_low_bits_first() -> None:
+    """Six bits: a plane of four words of nibbles, then one of two words with four times two bits a byte."""
+    codes = torch.zeros(16, 32, dtype=torch.uint8)
+    codes[2, 4:8] = torch.tensor([0x15, 0x2A, 0x30, 0x3F], dtype=torch.uint8)  # word 1 of row 2
+    codes[2, 28] = 0x21  # word 7
+    packed = pack(QuantizedTensor(codes, torch.ones(16, 1), 6, 32))
+    words = packed.data[0, :384].view(6, 16, 4)[:, 2]
+    assert words[0].tolist() == [0x50, 0xA0, 0x00, 0xF0]
+    assert words[3].tolist() == [0x10, 0, 0, 0]
+    assert words[4].tolist() == [0x1 << 2, 0x2 << 2, 0x3 << 2, 0x3 << 2]
+    assert words[5].tolist() == [0x2 << 6, 0, 0, 0]
+    assert packed.form.planes == ((4, 0), (2, 4))
+
+
 def test_wide_codes_are_stored_signed() -> None:
     codes = torch.full((16, 32), 128, dtype=torch.uint8)
     codes[3, 5] = 255

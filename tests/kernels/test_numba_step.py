@@ -127,6 +127,30 @@ def test_weights_come_back_bit_for_bit(weight: QuantizedTensor, threads: int) ->
         program.linear(2, "up").dequantize_into(out[1:])
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_products_of_a_prompt_are_those_of_a_step(rows: int, threads: int) -> None:
+    """Partners of several kinds, in pieces of 256 rows: each row as it would be alone."""
+    spec = tiny_spec("llama")
+    weights = tiny_weights(spec)
+    linears = weights.blocks[1].linears
+    k, v = (linears[p].weight.dequantize() for p in "kv")  # type: ignore[union-attr]
+    six = round_to_nearest(k, 16, bits=6)
+    linears["k"] = Linear(
+        QuantizedTensor(six.codes, six.scales, 6, 16, six.zeros, permutation=torch.randperm(64))
+    )
+    linears["v"] = Linear(v.bfloat16())
+    program, _ = program_of(spec, weights, threads=threads)
+    x = torch.randn(rows, 80)[:, :64]
+    out = program.linear(1, "qkv").multiply(x)
+    expected = x.double() @ torch.cat([dense(linears[p].weight) for p in "qkv"]).double().T
+    assert error(out, expected) < TOLERANCE["int8 activations"]
+    for row in (0, rows // 2, rows - 1):
+        assert torch.equal(program.linear(1, "qkv").multiply(x[row : row + 1])[0], out[row])
+    with pytest.raises(ValueError, match="x must be float32"):
+        program.linear(1, "qkv").multiply(x[:, 1:])
+
+
 def test_bytes_are_those_of_the_weights() -> None:
     spec = tiny_spec("mistral")
     weights = tiny_weights(spec)

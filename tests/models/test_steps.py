@@ -11,6 +11,7 @@ from nybble_models import paged
 from nybble_models.decoder import Decoder
 from nybble_models.prefill import Prefill
 from nybble_models.torch_step import TorchStep
+from support_program import TOLERANCE, program_of
 from support_tiny import CONFIGS, tiny_spec, tiny_weights
 
 BLOCK = 16
@@ -40,6 +41,22 @@ def test_prefill_matches_the_reference(family: str) -> None:
     tokens = tokens_of(61)
     logits = prefill.logits(prefill.run(tokens, 0, TABLE))
     assert relative_rmse(logits, decoder.forward(torch.tensor(tokens))) < 0.02  # the cache is bfloat16
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_prefill_by_the_compiled_steps_products(family: str) -> None:
+    """Every row as a step would compute it, however the prompt is cut; decoding goes on from there."""
+    spec = tiny_spec(family)
+    weights = tiny_weights(spec)
+    program, kv = program_of(spec, weights, blocks=10, block_size=BLOCK)
+    prefill = Prefill(spec, weights, program, kv.fill_(0), None)
+    tokens = tokens_of(61)
+    expected = Decoder(spec, weights).forward(torch.tensor(tokens))
+    hidden = prefill.run(tokens, 0, TABLE)
+    assert relative_rmse(prefill.logits(hidden), expected) < TOLERANCE["whole step"]
+    assert torch.equal(
+        torch.cat([prefill.run(tokens[a:b], a, TABLE) for a, b in ((0, 1), (1, 40), (40, 61))]), hidden
+    )
 
 
 @pytest.mark.parametrize("family", CONFIGS)

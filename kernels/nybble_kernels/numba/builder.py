@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +16,14 @@ from nybble_kernels.numba.activation import KINDS
 from nybble_kernels.numba.arena import Arena, floats
 from nybble_kernels.numba.attention import PARTS, SHORTEST
 from nybble_kernels.numba.attention_kernels import scores_name, shape_for, values_name
-from nybble_kernels.numba.dequantize import dequantize_name
 from nybble_kernels.numba.embed import BFLOAT, FLOAT, PACKED
 from nybble_kernels.numba.frame import Code, record
+from nybble_kernels.numba.layout import ROWS, STREAMS, TILES, activation_bytes, aligned
 from nybble_kernels.numba.machine import Kernels
 from nybble_kernels.numba.weight import (
     FloatWeight,
     HeldWeight,
     QuantizedWeight,
-    activation_stride,
     hold,
     places,
 )
@@ -72,7 +72,9 @@ class ProgramBuilder:
         self.ops: list[list[int]] = []
         self.kept: list[object] = [arena]
         self.bytes: dict[str, int] = {}
-        self.scratch = 4 * 64  # floats that one thread needs: a tile of outputs, a gathered row, or scores
+        self.scratch = (
+            TILES[0] * ROWS * STREAMS
+        )  # floats that one thread needs: a tile of outputs, a gathered row, or scores
         self._shared: dict[int, int] = {}
         self._integers: dict[tuple[int, int, bytes], tuple[int, int]] = {}
 
@@ -185,16 +187,12 @@ class ProgramBuilder:
         columns = weight.columns
         key = x.address, weight.width, b"" if columns is None else columns.numpy().tobytes()
         if key not in self._integers:
-            stride = activation_stride(weight.width)
+            stride = aligned(activation_bytes(weight.width))
             target = int(self._floats(stride // 4).ctypes.data)
-            place = 0
             if columns is not None:
                 self.scratch = max(self.scratch, weight.width)
                 self.kept.append(columns)
-                place = columns.data_ptr()
-            kernel = self.kernels[quantize_kernel.NAME]
-            arguments = x.address, x.stride, target, stride, weight.width, place, kernel
-            self.ops.append(record(Code.QUANTIZE, *arguments, per_row=1))
+            self.ops.append(quantize_record(self.kernels, weight, (x.address, x.stride, target, stride)))
             self._integers[key] = target, stride
         return self._integers[key]
 
@@ -205,7 +203,7 @@ class ProgramBuilder:
         """Kind, address, kernel, bytes of a block and between streams, groups, subs of an embedding."""
         if isinstance(table, QuantizedWeight) and table.columns is None:
             form, sizes = table.packed.form, (table.packed.groups, table.packed.subs)
-            kernel = self.kernels[dequantize_name(form)]
+            kernel = self.kernels.dequantize(form)
             return PACKED, table.packed.data.data_ptr(), kernel, *places(table.packed.data), *sizes
         values = table if isinstance(table, Tensor) else table.dequantize_slowly()
         values = values.contiguous() if values.dtype == torch.bfloat16 else values.float().contiguous()
@@ -222,6 +220,13 @@ class ProgramBuilder:
         values = floats(self.max_batch * width)
         self.kept.append(values)
         return values
+
+
+def quantize_record(kernels: Kernels, weight: HeldWeight, place: Sequence[int]) -> list[int]:
+    """Activations as the weight reads them. `place`: x, bytes between rows, target, bytes between rows."""
+    columns = 0 if weight.columns is None else weight.columns.data_ptr()
+    kernel = kernels[quantize_kernel.NAME]
+    return record(Code.QUANTIZE, *place, weight.width, columns, kernel, per_row=1)
 
 
 def bits_of(value: float) -> int:

@@ -23,7 +23,7 @@ def dequantize_name(form: Format) -> str:
 
 
 def emit_dequantize(module: Any, isa: Isa, form: Format) -> None:
-    """Row by row; a 4-bit word holds eight neighbours of a row, so one shift each puts them in order."""
+    """Row by row, neighbours of a row side by side."""
     e = Emitter(module, dequantize_name(form), ARGUMENTS)
     block, out, stride, first, rows, groups, subs = e.function.args
     group_bytes = e.times(subs, form.sub_bytes)
@@ -57,13 +57,13 @@ def _offset(e: Emitter, isa: Isa, form: Format, base: Any, row: Any) -> Any:
 
 
 def _sub_group(e: Emitter, form: Format, codes: Any, target: Any, scale: Any, offset: Any) -> None:
-    """32 neighbours of one row: 4 words of eight codes, or 8 words of four."""
-    count = 32 // form.bits
-    words, floats = vector(I32, count), vector(F32, count)
+    """32 neighbours of one row: four times eight codes, or eight times four of a byte each."""
+    count = 4 if form.bits == 8 else 8
+    floats = vector(F32, count)
     scales, offsets = e.splat(scale, count), e.splat(offset, count)
     for i in range(SUB // count):
-        word = e.splat(e.load(I32, codes, 4 * ROWS * i, align=4), count)
-        value = e.b.sitofp(_codes(e, form, word, words), floats)
+        found = _bytes(e, codes, i) if form.bits == 8 else _from_planes(e, form, codes, i)
+        value = e.b.sitofp(found, floats)
         if form.minimum:
             if form.bits == 8:  # codes are stored 128 lower
                 value = e.b.fadd(value, filled(floats, 128.0))
@@ -73,8 +73,22 @@ def _sub_group(e: Emitter, form: Format, codes: Any, target: Any, scale: Any, of
         e.store(value, target, 4 * count * i, align=4)
 
 
-def _codes(e: Emitter, form: Format, word: Any, words: Any) -> Any:
-    if form.bits == 4:
-        shifts = ir.Constant(words, [0, 8, 16, 24, 4, 12, 20, 28])
-        return e.b.and_(e.b.lshr(word, shifts), filled(words, 15))
+def _bytes(e: Emitter, codes: Any, i: int) -> Any:
+    """Signed codes 4i to 4i + 3."""
+    words = vector(I32, 4)
+    word = e.splat(e.load(I32, codes, 4 * ROWS * i, align=4), 4)
     return e.b.ashr(e.b.shl(word, ir.Constant(words, [24, 16, 8, 0])), filled(words, 24))
+
+
+def _from_planes(e: Emitter, form: Format, codes: Any, i: int) -> Any:
+    """Codes 8i to 8i + 7: their two words share one of every plane, so one shift puts a plane in order."""
+    words, result, before = vector(I32, 8), None, 0
+    for width, low in form.planes:
+        number, place = divmod(2 * i * width, 8)
+        word = e.splat(e.load(I32, codes, 4 * ROWS * (before + number), align=4), 8)
+        shifts = [8 * byte + place + width * half for half in (0, 1) for byte in range(4)]
+        part = e.b.and_(e.b.lshr(word, ir.Constant(words, shifts)), filled(words, 2**width - 1))
+        part = e.b.shl(part, filled(words, low)) if low else part
+        result = part if result is None else e.b.or_(result, part)
+        before += width
+    return result

@@ -2,8 +2,8 @@
 
 All strategies give the same integers, so every instruction set gives the same bits.
 
-A sub-group is 32 inputs as 8 words: word i of a row holds its codes 4i .. 4i+3, one a byte. 4-bit codes are
-unsigned (0 to 15), 8-bit codes signed. Activations are signed bytes in [-127, 127], one word in every lane.
+A sub-group is 32 inputs as 8 words: word i of a row holds its codes 4i .. 4i+3, one a byte. Codes of 2 to 7
+bits are unsigned, of 8 bits signed. Activations are signed bytes in [-127, 127], one word in every lane.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Dot = Callable[[Emitter, int, Sequence[Any], Sequence[Any], Any], Any]
 def _plain(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[Any], total: Any) -> Any:
     """Widen each byte to 32 bits, multiply, add: right on any processor."""
     kind = weights[0].type
-    widen = e.b.lshr if bits == 4 else e.b.ashr
+    widen = e.b.lshr if bits < 8 else e.b.ashr
     top = filled(kind, 24)
     result = filled(kind, 0)
     for weight, activation in zip(weights, activations, strict=True):
@@ -39,21 +39,25 @@ def _avx2(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[A
     """vpmaddubsw into 16 bits, then vpmaddwd with ones into 32.
 
     4 bits: eight sums of two products reach 8 * 2 * 15 * 127 = 30480, inside 16 bits, so one vpmaddwd serves
-    all eight words. 8 bits: |w| times (a with w's sign) sums to 2 * 128 * 127 = 32512, one vpmaddwd a word.
+    all eight words; of 5 bits it serves four, of 6 two, of 7 one. 8 bits: |w| times (a with w's sign) sums to
+    2 * 128 * 127 = 32512, one vpmaddwd a word.
     """
     bytes_, shorts, words = vector(I8, 32), vector(I16, 16), vector(I32, 8)
     ones = filled(shorts, 1)
+    together = 1 if bits == 8 else min(8, 32767 // (2 * 127 * (2**bits - 1)))
     result: Any = None
-    for weight, activation in zip(weights, activations, strict=True):
-        w, a = e.b.bitcast(weight, bytes_), e.b.bitcast(activation, bytes_)
-        if bits == 8:
-            a = e.call("llvm.x86.avx2.psign.b", bytes_, a, w)
-            w = e.call("llvm.abs.v32i8", bytes_, w, I1_FALSE)
-        product = e.call("llvm.x86.avx2.pmadd.ub.sw", shorts, w, a)
-        if bits == 8:
-            product = e.call("llvm.x86.avx2.pmadd.wd", words, product, ones)
-        result = product if result is None else e.b.add(result, product)
-    return result if bits == 8 else e.call("llvm.x86.avx2.pmadd.wd", words, result, ones)
+    for first in range(0, 8, together):
+        short: Any = None
+        for i in range(first, first + together):
+            w, a = e.b.bitcast(weights[i], bytes_), e.b.bitcast(activations[i], bytes_)
+            if bits == 8:
+                a = e.call("llvm.x86.avx2.psign.b", bytes_, a, w)
+                w = e.call("llvm.abs.v32i8", bytes_, w, I1_FALSE)
+            product = e.call("llvm.x86.avx2.pmadd.ub.sw", shorts, w, a)
+            short = product if short is None else e.b.add(short, product)
+        wide = e.call("llvm.x86.avx2.pmadd.wd", words, short, ones)
+        result = wide if result is None else e.b.add(result, wide)
+    return result
 
 
 def _vnni(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[Any], total: Any) -> Any:

@@ -28,13 +28,13 @@ def gemv_name(form: Format, tile: int) -> str:
 def emit_gemv(module: Any, isa: Isa, form: Format, tile: int) -> None:
     """The function `gemv_name(form, tile)`: `tile` rows of activations by four blocks.
 
-    A single row is bound by memory: its four blocks are read side by side, from four streams. Four rows are
-    bound by computing, which registers serve best one block at a time; two lie between.
+    A single row is bound by memory: its four blocks are read side by side, from four streams. Two rows lie
+    between that and what `gemm` is for.
     """
-    _Gemv(module, isa, form, tile).emit()
+    Gemv(module, isa, form, tile).emit()
 
 
-class _Gemv:
+class Gemv:
     def __init__(self, module: Any, isa: Isa, form: Format, tile: int) -> None:
         self.e = Emitter(module, gemv_name(form, tile), ARGUMENTS)
         self.isa, self.form, self.tile = isa, form, tile
@@ -76,7 +76,9 @@ class _Gemv:
             codes = e.at(block, e.times(group, group_bytes))
             with e.loop(self.subs) as sub:
                 number = e.plus(e.times(group, self.subs), sub)
-                self._sub_group(e.at(codes, e.times(sub, form.sub_bytes)), number, inner, sums)
+                self._sub_group(e.at(codes, e.times(sub, form.sub_bytes)), number, inner)
+            with e.loop(self.subs) as sub:  # apart, as registers are short above
+                self._add_sums(e.times(e.plus(e.times(group, self.subs), sub), 4), sums)
             scale = e.at(scales, e.times(group, form.scale_bytes))
             offset = e.at(offsets, e.times(group, form.offset_bytes))
             self._close_group(scale, offset, outer, inner, sums)
@@ -90,8 +92,8 @@ class _Gemv:
         stream, within = divmod(part * self.isa.lanes, ROWS)
         return self.e.at(base, self.e.times(self.stream, stream), within * lane_bytes)
 
-    def _sub_group(self, codes: Any, number: Any, inner: list[Any], sums: list[Any]) -> None:
-        """inner += scale * dot over 32 inputs; sums += scale * sum of the activations."""
+    def _sub_group(self, codes: Any, number: Any, inner: list[Any]) -> None:
+        """inner += scale * dot over 32 inputs."""
         e = self.e
         for stream in range(self.streams):
             for line in range(0, self.form.sub_bytes, 64):
@@ -102,11 +104,19 @@ class _Gemv:
             for m, row in enumerate(self.rows):
                 total = e.load(I32, row, self.total_at, at, align=4)
                 dot = DOTS[self.isa](e, self.form.bits, weights, self._activations(row, number), total)
-                scale = e.splat(e.load(F32, row, self.scale_at, at, align=4), self.isa.lanes)
-                slot = inner[m * len(self.parts) + part]
-                e.b.store(e.fma(e.b.sitofp(dot, self.floats), scale, e.get(slot, self.floats)), slot)
-        for m, row in enumerate(self.rows):
-            e.b.store(e.b.fadd(e.get(sums[m], F32), e.load(F32, row, self.sum_at, at, align=4)), sums[m])
+                self._add(dot, row, at, inner[m * len(self.parts) + part])
+
+    def _add(self, dot: Any, row: Any, at: Any, slot: Any) -> None:
+        """slot += scale of the activations * dot."""
+        e = self.e
+        scale = e.splat(e.load(F32, row, self.scale_at, at, align=4), self.isa.lanes)
+        e.b.store(e.fma(e.b.sitofp(dot, self.floats), scale, e.get(slot, self.floats)), slot)
+
+    def _add_sums(self, at: Any, sums: list[Any]) -> None:
+        """sums += scale * sum of the activations."""
+        e = self.e
+        for slot, row in zip(sums, self.rows, strict=True):
+            e.b.store(e.b.fadd(e.get(slot, F32), e.load(F32, row, self.sum_at, at, align=4)), slot)
 
     def _weights(self, codes: Any, part: int) -> list[Any]:
         """The eight words of a sub-group for the rows of one vector."""
@@ -114,11 +124,22 @@ class _Gemv:
         stored = [e.load(self.words, start, 4 * ROWS * i, align=16) for i in range(self.form.bits)]
         if self.form.bits == 8:
             return stored
-        low = filled(self.words, 0x0F0F0F0F)
-        four = filled(self.words, 4)
-        return [
-            half for word in stored for half in (e.b.and_(word, low), e.b.and_(e.b.lshr(word, four), low))
-        ]
+        words: list[Any] = [None] * 8
+        for width, low in self.form.planes:
+            plane, stored = stored[:width], stored[width:]
+            mask = filled(self.words, 0x01010101 * ((2**width - 1) << low))
+            for i in range(8):
+                word, place = divmod(i * width, 8)
+                value = e.b.and_(self._moved(plane[word], low - place), mask)
+                words[i] = value if words[i] is None else e.b.or_(words[i], value)
+        return words
+
+    def _moved(self, word: Any, up: int) -> Any:
+        """Bits moved up (or down) in all lanes; what crosses into the next byte is for a mask to remove."""
+        if up == 0:
+            return word
+        shift = self.e.b.shl if up > 0 else self.e.b.lshr
+        return shift(word, filled(self.words, abs(up)))
 
     def _activations(self, row: Any, number: Any) -> list[Any]:
         e, at = self.e, self.e.times(number, SUB)

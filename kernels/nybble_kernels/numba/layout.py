@@ -3,8 +3,9 @@
 A block holds 16 rows. Inputs come in sub-groups of 32 (one activation scale each); a weight group is one or
 more whole sub-groups. Per block, in this order:
 
-    codes    groups x subs x 8 words x 16 rows; a word is four codes of a row. At 4 bits two words
-             share 32 bits: word 2i in the low nibbles, word 2i + 1 in the high ones
+    codes    groups x subs x planes; eight words of a row, four codes each, make a sub-group. A plane holds
+             8, 4, 2 or 1 bits of every code: `bits` words of 32 bits x 16 rows, each shared by 8 / bits words
+             of codes, the first in the lowest bits of its bytes (Format.planes)
     scales   groups x 16 rows, IEEE half where that is exact, else float32
     offsets  groups x 16 rows: integer zeros (uint8), or real minimums in the type of the scales
 
@@ -32,13 +33,23 @@ def aligned(size: int) -> int:
 class Format:
     """The kinds of quantized block. half: 16-bit scales · minimum: real minimums instead of integer zeros."""
 
-    bits: int  # 4 or 8
+    bits: int  # 2 to 8
     half: bool
     minimum: bool
 
     @property
     def name(self) -> str:
         return f"w{self.bits}_{'half' if self.half else 'full'}_{'minimum' if self.minimum else 'zero'}"
+
+    @property
+    def planes(self) -> tuple[tuple[int, int], ...]:
+        """(bits, lowest of them) of the parts of a code: 7 bits are 4, 2 and 1, the low ones first."""
+        found, low = [], 0
+        for width in (8, 4, 2, 1):
+            if self.bits & width:
+                found.append((width, low))
+                low += width
+        return tuple(found)
 
     @property
     def sub_bytes(self) -> int:
@@ -56,9 +67,8 @@ class Format:
         return aligned(groups * (subs * self.sub_bytes + self.scale_bytes + self.offset_bytes))
 
 
-FORMATS = tuple(Format(b, h, m) for b in (4, 8) for h in (True, False) for m in (False, True))
-
-TILES = (4, 2, 1)  # rows of a batch that one pass over a block serves
+TILES = (8, 4, 2, 1)  # rows of a batch that one pass over a block serves
+TOGETHER = 4  # from so many on, computing is the bound, and not memory
 
 
 def activation_bytes(inputs: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nybble_kernels.numba.frame import FIRST, LOGITS, LOGITS_STRIDE
 from nybble_kernels.numba.jit import inline
-from nybble_kernels.numba.layout import ROWS, STREAMS
+from nybble_kernels.numba.layout import ROWS, STREAMS, TILES
 from nybble_kernels.numba.memory import call_dequantize, call_gemv, get_f32, get_i64, set_f32
 
 FOUR = ROWS * STREAMS  # outputs that one call of a kernel makes
@@ -31,24 +31,25 @@ def address_of(weights: int, block_bytes: int, stream: int, block: int) -> int:
 @inline
 def gemv(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -> None:
     """Fours of blocks [low, high) for every row. Arguments: weights, bytes of a block, bytes between streams,
-    kernels for 4, 2 and 1 rows, x, bytes between rows, y (0: the logits), bytes between rows, outputs, bias
-    or 0, residual, groups, subs.
+    kernels for TILES rows, x, bytes between rows, y (0: the logits), bytes between rows, outputs, bias or 0,
+    residual, groups, subs.
     """
-    stream, x, x_stride = get_i64(op, FIRST + 2), get_i64(op, FIRST + 6), get_i64(op, FIRST + 7)
-    y, y_stride = get_i64(op, FIRST + 8), get_i64(op, FIRST + 9)
+    stream, x, x_stride = get_i64(op, FIRST + 2), get_i64(op, FIRST + 7), get_i64(op, FIRST + 8)
+    y, y_stride = get_i64(op, FIRST + 9), get_i64(op, FIRST + 10)
     if y == 0:
         y, y_stride = get_i64(frame, LOGITS), get_i64(frame, LOGITS_STRIDE)
-    outputs, bias, residual = get_i64(op, FIRST + 10), get_i64(op, FIRST + 11), get_i64(op, FIRST + 12)
-    groups, subs = get_i64(op, FIRST + 13), get_i64(op, FIRST + 14)
+    outputs, bias, residual = get_i64(op, FIRST + 11), get_i64(op, FIRST + 12), get_i64(op, FIRST + 13)
+    groups, subs = get_i64(op, FIRST + 14), get_i64(op, FIRST + 15)
     for four in range(low, high):
         weights = get_i64(op, FIRST) + four * get_i64(op, FIRST + 1)
         start = FOUR * four
         count = min(FOUR, outputs - start)
         row = 0
         while row < rows:
-            left = rows - row
-            step = 4 if left >= 4 else 2 if left >= 2 else 1
-            kernel = get_i64(op, FIRST + (3 if step == 4 else 4 if step == 2 else 5))
+            tile = 0
+            while TILES[tile] > rows - row:
+                tile += 1
+            step, kernel = TILES[tile], get_i64(op, FIRST + 3 + tile)
             call_gemv(kernel, weights, stream, x + row * x_stride, x_stride, scratch, 4 * FOUR, groups, subs)
             for m in range(step):
                 target = y + (row + m) * y_stride + 4 * start

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from llvmlite import binding, ir
 
 from nybble_kernels.numba.attention_kernels import emit_attention
-from nybble_kernels.numba.dequantize import emit_dequantize
-from nybble_kernels.numba.gemv import emit_gemv
+from nybble_kernels.numba.dequantize import dequantize_name, emit_dequantize
+from nybble_kernels.numba.gemm import emit_gemm
+from nybble_kernels.numba.gemv import emit_gemv, gemv_name
 from nybble_kernels.numba.gemv_float import emit_float
 from nybble_kernels.numba.isa import Isa
-from nybble_kernels.numba.layout import FORMATS, TILES, Format
+from nybble_kernels.numba.layout import TILES, TOGETHER, Format
 from nybble_kernels.numba.quantize_kernel import emit_quantize
 
 
-def build_module(isa: Isa, forms: Sequence[Format] = FORMATS) -> str:
-    """The LLVM IR of every kernel for one instruction set."""
+def build_module(isa: Isa, form: Format | None = None) -> str:
+    """The LLVM IR, for one instruction set, of the kernels that read a format, or of all the others."""
     module = ir.Module(f"nybble_{isa.name}")
-    for form in forms:
+    if form is not None:
         for tile in TILES:
-            emit_gemv(module, isa, form, tile)
+            (emit_gemm if tile >= TOGETHER else emit_gemv)(module, isa, form, tile)
         emit_dequantize(module, isa, form)
+        return str(module)
     for tile in TILES:
         emit_float(module, isa, tile)
     emit_attention(module)
@@ -72,34 +74,51 @@ def optimise(text: str, machine: Any) -> Any:
     return module
 
 
-def assembly(isa: Isa, target: Target, forms: Sequence[Format] = FORMATS) -> str:
+def assembly(isa: Isa, target: Target, form: Format | None = None) -> str:
     """What the kernels become on another processor, as text."""
     machine = target.machine()
-    return str(machine.emit_assembly(optimise(build_module(isa, forms), machine)))
+    return str(machine.emit_assembly(optimise(build_module(isa, form), machine)))
 
 
 class Kernels:
-    """The block kernels of one instruction set, loaded: name -> address."""
+    """The block kernels of one instruction set, as addresses. Those of a format load when it is first met."""
 
     def __init__(self, isa: Isa, cache: Path) -> None:
         self.isa = isa
-        target = Target.host()
-        machine = target.machine()
-        self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
-        self._engine.add_object_file(binding.ObjectFileRef.from_data(_object(isa, target, machine, cache)))
-        self._engine.finalize_object()
+        self._cache = cache
+        self._target = Target.host()
+        self._machine = self._target.machine()
+        self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), self._machine)
+        self._loaded: set[Format | None] = set()
+        self._lock = Lock()
 
     def __getitem__(self, name: str) -> int:
-        return int(self._engine.get_function_address(name))
+        """A kernel that reads no format."""
+        return self._address(name, None)
+
+    def gemv(self, form: Format, tile: int) -> int:
+        return self._address(gemv_name(form, tile), form)
+
+    def dequantize(self, form: Format) -> int:
+        return self._address(dequantize_name(form), form)
+
+    def _address(self, name: str, form: Format | None) -> int:
+        with self._lock:
+            if form not in self._loaded:
+                code = _object(self.isa, form, self._target, self._machine, self._cache)
+                self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
+                self._engine.finalize_object()
+                self._loaded.add(form)
+            return int(self._engine.get_function_address(name))
 
 
-def _object(isa: Isa, target: Target, machine: Any, cache: Path) -> bytes:
+def _object(isa: Isa, form: Format | None, target: Target, machine: Any, cache: Path) -> bytes:
     """Machine code from the cache folder, which belongs to one version of the source, or compiled into it."""
     key = hashlib.sha256(repr((target, binding.llvm_version_info)).encode()).hexdigest()[:16]
-    path = cache / f"kernels-{isa.name}-{key}.o"
+    path = cache / f"{isa.name}-{'base' if form is None else form.name}-{key}.o"
     if path.exists():
         return path.read_bytes()
-    code: bytes = machine.emit_object(optimise(build_module(isa), machine))
+    code: bytes = machine.emit_object(optimise(build_module(isa, form), machine))
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_bytes(code)
     temporary.replace(path)

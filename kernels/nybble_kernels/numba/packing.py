@@ -1,6 +1,6 @@
 """`QuantizedTensor` to packed blocks and back. Every kind of quantized tensor has an exact packed form.
 
-Codes of up to 4 bits are stored in 4, wider ones in 8, with zeros made explicit. Where the groups are not
+Codes are stored in as many bits as they have, with zeros made explicit. Where the groups are not
 whole sub-groups of 32 inputs, or the columns are permuted, inputs are rearranged: packed column c reads input
 `columns[c]`, or nothing (a zero) where that is -1.
 """
@@ -104,7 +104,7 @@ def unpack(packed: Packed) -> QuantizedTensor:
 def _format(weight: QuantizedTensor) -> Format:
     reals = [weight.scales] if weight.minimums is None else [weight.scales, weight.minimums]
     half = all(torch.equal(r.half().float(), r.float()) for r in reals)
-    return Format(4 if weight.bits <= 4 else 8, half, weight.minimums is not None)
+    return Format(weight.bits, half, weight.minimums is not None)
 
 
 def _places(inputs: int, group: int, subs: int) -> Tensor:
@@ -138,13 +138,29 @@ def _pack_codes(codes: Tensor, form: Format, blocks: int) -> Tensor:
     words = _rows(codes, blocks).reshape(blocks, ROWS, -1, 8, 4).permute(0, 2, 3, 1, 4)
     if form.bits == 8:
         return words.contiguous() ^ 0x80
-    return words[:, :, 0::2] | (words[:, :, 1::2] << 4)
+    planes = []
+    for width, low in form.planes:
+        part = ((words >> low) & (2**width - 1)).unflatten(2, (width, 8 // width))
+        planes.append((part << _places_in_byte(width)).sum(3, dtype=torch.uint8))
+    return torch.cat(planes, dim=2)
 
 
 def _unpack_codes(data: Tensor, form: Format, packed: Packed) -> Tensor:
     words = data.reshape(packed.blocks, packed.groups * packed.subs, -1, ROWS, 4)
-    words = words ^ 0x80 if form.bits == 8 else torch.stack((words & 15, words >> 4), dim=3).flatten(2, 3)
-    return words.permute(0, 3, 1, 2, 4).reshape(packed.blocks * ROWS, packed.width)
+    if form.bits == 8:
+        codes = words ^ 0x80
+    else:
+        codes = torch.zeros(*words.shape[:2], 8, *words.shape[3:], dtype=torch.uint8)
+        parts = torch.split(words, [width for width, _ in form.planes], dim=2)
+        for (width, low), part in zip(form.planes, parts, strict=True):
+            values = (part.unsqueeze(3) >> _places_in_byte(width)) & (2**width - 1)
+            codes |= values.flatten(2, 3) << low
+    return codes.permute(0, 3, 1, 2, 4).reshape(packed.blocks * ROWS, packed.width)
+
+
+def _places_in_byte(width: int) -> Tensor:
+    """Where each of the words that share one lies: uint8 [8 / width, 1, 1]."""
+    return torch.arange(0, 8, width, dtype=torch.uint8)[:, None, None]
 
 
 def _pack_groups(weight: QuantizedTensor, form: Format, blocks: int) -> tuple[Tensor, Tensor]:

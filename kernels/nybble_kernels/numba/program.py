@@ -16,14 +16,14 @@ from nybble_kernels.numba.arena import floats, words
 from nybble_kernels.numba.builder import Buffer, ProgramBuilder
 from nybble_kernels.numba.compiled import Run
 from nybble_kernels.numba.frame import RECORD
+from nybble_kernels.numba.products import PARTS, Products
 from nybble_kernels.numba.weight import HeldWeight
 from nybble_kernels.numba.workers import Workers
 
 Ints = NDArray[np.int32] | Tensor
 Floats = NDArray[np.float32] | Tensor
 
-STEP, EMBED, DEQUANTIZE = 0, 1, 2  # programs, in the order of registration
-PARTS = 4  # weights that one linear may be stacked from
+STEP, EMBED, DEQUANTIZE, PRODUCTS = 0, 1, 2, 3  # programs, in the order of registration
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,14 @@ class PackedLinear:
     @property
     def shape(self) -> tuple[int, int]:
         return sum(p.outputs for p in self.parts), self.parts[0].inputs
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """x Wᵀ as a step computes it. float32 [T, K] -> [T, N]."""
+        if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != self.shape[1] or x.stride(1) != 1:
+            raise ValueError(f"x must be float32 [T, {self.shape[1]}], found {x.dtype} {list(x.shape)}")
+        out = torch.empty(len(x), self.shape[0])
+        self._program.products.multiply(self.parts, x, out)
+        return out
 
     def dequantize_into(self, out: Tensor) -> None:
         """float32 [N, K], contiguous: bit for bit what `QuantizedTensor.dequantize` gives each partner."""
@@ -83,6 +91,7 @@ class DecodeProgram:
         self._workers.add(builder.ops)
         self._embed = self._embedding_program(embedding)
         self._dequantize = self._workers.add([[0] * RECORD] * PARTS)
+        self.products = Products(builder.kernels, self._workers, PRODUCTS)
         self._linears = {place: tuple(parts) for place, parts in linears.items()}
 
     def _describe(self, kv: Tensor, scratch: int, threads: int) -> None:

@@ -11,11 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nybble_kernels.numba.arena import Arena
-from nybble_kernels.numba.dequantize import dequantize_name
 from nybble_kernels.numba.frame import Code, record
-from nybble_kernels.numba.gemv import gemv_name
 from nybble_kernels.numba.gemv_float import float_name
-from nybble_kernels.numba.layout import ROWS, STREAMS, SUB, TILES, Format, activation_bytes, aligned
+from nybble_kernels.numba.layout import ROWS, STREAMS, SUB, TILES, Format, aligned
 from nybble_kernels.numba.machine import Kernels
 from nybble_kernels.numba.packing import Packed, pack, unpack
 from nybble_kernels.quantized import QuantizedTensor, Weight, dense, shape_of
@@ -83,13 +81,13 @@ class QuantizedWeight:
         return self.packed.data.numel()
 
     def gemv_record(self, kernels: Kernels, place: Sequence[int]) -> list[int]:
-        addresses = [kernels[gemv_name(self.packed.form, tile)] for tile in TILES]
+        addresses = [kernels.gemv(self.packed.form, tile) for tile in TILES]
         return _gemv(self.packed.data, addresses, place, self.outputs, (self.packed.groups, self.packed.subs))
 
     def dequantize_record(self, kernels: Kernels, out: int, stride: int) -> list[int] | None:
         if self.columns is not None:
             return None
-        kernel = kernels[dequantize_name(self.packed.form)]
+        kernel = kernels.dequantize(self.packed.form)
         start, sizes = self.packed.data.data_ptr(), (self.packed.groups, self.packed.subs)
         arguments = (start, *places(self.packed.data), kernel, out, stride, self.outputs, *sizes)
         return record(Code.DEQUANTIZE, *arguments, fixed=self.packed.blocks, chunk=4)
@@ -154,12 +152,8 @@ def packed_bound(weight: Weight) -> int:
         return blocks * aligned(2 * ROWS * inputs)
     groups = weight.scales.shape[1]
     subs = -(-min(weight.group_size, inputs) // SUB)
-    widest = Format(4 if weight.bits <= 4 else 8, half=False, minimum=True)
+    widest = Format(weight.bits, half=False, minimum=True)
     return blocks * widest.block_bytes(groups, subs)
-
-
-def activation_stride(width: int) -> int:
-    return aligned(activation_bytes(width))
 
 
 def places(data: Tensor) -> tuple[int, int]:

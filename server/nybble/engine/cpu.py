@@ -1,4 +1,4 @@
-"""The CPU's part of building an engine: compiled or PyTorch steps, prefill in float32."""
+"""The CPU's part of building an engine: compiled or PyTorch steps, prefill by their products or in floats."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
     kernels, step = timer("pack", lambda: make_step(config, loader.spec, weights, kv, head, threads))
     if isinstance(head, QuantizedTensor) and weights.head is not None:
         weights.head.weight = head
-    prefill = Prefill(loader.spec, weights, step, kv, prefill_dtype(config))
+    prefill = Prefill(loader.spec, weights, step, kv, prefill_dtype(config, kernels))
     runner = CpuRunner(step, prefill, max_batch=config.max_num_seqs, weight_bytes=weights.nbytes())
     timer("warm-up", lambda: warm_up(runner))
-    dtype = str(prefill.dtype).removeprefix("torch.")
+    dtype = str(prefill.dtype or torch.float32).removeprefix("torch.")
     return Built(
         runner=runner,
         device="cpu",
-        kernels={"decode": kernels, "prefill": f"torch {dtype}"},
+        kernels={"decode": kernels, "prefill": f"torch {dtype}" if prefill.dtype else kernels},
         dtype=dtype,
         scheme=scheme_name(weights.blocks, loader),
         weight_bytes=dict(step.weight_bytes_per_step),
@@ -89,11 +89,11 @@ def make_step(
     return "torch int4", TorchStep(spec, weights, kv, head)
 
 
-def prefill_dtype(config: ServeConfig) -> torch.dtype:
-    """bfloat16 only where the processor multiplies it: without, it is several times slower than float32."""
+def prefill_dtype(config: ServeConfig, kernels: str) -> torch.dtype | None:
+    """None, the compiled step's own products, unless floats are asked for; PyTorch's int4 op is slow here."""
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
-    return torch.float32
+    return None if kernels.startswith("numba") else torch.float32
 
 
 def warm_up(runner: CpuRunner) -> None:

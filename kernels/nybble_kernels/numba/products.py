@@ -1,0 +1,64 @@
+"""Linears over the many rows of a prompt, by the kernels of a step: a row gives the same numbers as there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nybble_kernels.numba.arena import words
+from nybble_kernels.numba.builder import quantize_record
+from nybble_kernels.numba.frame import RECORD
+from nybble_kernels.numba.layout import activation_bytes, aligned
+from nybble_kernels.numba.machine import Kernels
+from nybble_kernels.numba.weight import HeldWeight
+from nybble_kernels.numba.workers import Workers
+
+ROWS = 256
+"""At a time: rounded activations of so many rows stay in a cache of the second level."""
+
+PARTS = 4  # weights that one linear may be stacked from
+
+
+class Products:
+    """A program of its own among the workers', written anew for every call."""
+
+    def __init__(self, kernels: Kernels, workers: Workers, number: int) -> None:
+        """number: which program of the workers this is, in the order of registration."""
+        self._kernels = kernels
+        self._workers = workers
+        self._number = number
+        self._ops = workers.add([[0] * RECORD] * (2 * PARTS))
+        self._rounded = words(0)
+
+    def multiply(self, parts: Sequence[HeldWeight], x: Tensor, out: Tensor) -> None:
+        """out[:, columns of each part] = x Wᵀ. x: float32 [T, K], out: float32 [T, N], rows contiguous."""
+        for start in range(0, len(x), ROWS):
+            rows, target = x[start : start + ROWS], out[start : start + ROWS]
+            ops = self._records(parts, rows, target)
+            self._ops[: len(ops)] = ops
+            self._workers.set_length(self._number, len(ops))
+            self._workers.run(self._number, len(rows))
+
+    def _records(self, parts: Sequence[HeldWeight], x: Tensor, out: Tensor) -> list[list[int]]:
+        ops: list[list[int]] = []
+        before: HeldWeight | None = None
+        column, stride = 0, 4 * x.stride(0)
+        for part in parts:
+            source = x.data_ptr(), stride
+            if part.integer:
+                source = self._room(part.width)
+                if before is None or before.width != part.width or before.columns is not part.columns:
+                    ops.append(quantize_record(self._kernels, part, (x.data_ptr(), stride, *source)))
+                before = part
+            target = out.data_ptr() + 4 * column, 4 * out.stride(0)
+            ops.append(part.gemv_record(self._kernels, (*source, *target, 0, 0)))
+            column += part.outputs
+        return ops
+
+    def _room(self, width: int) -> tuple[int, int]:
+        """Where rounded activations go, and the bytes between rows."""
+        stride = aligned(activation_bytes(width))
+        if 8 * len(self._rounded) < ROWS * stride:
+            self._rounded = words(ROWS * stride // 8)
+        return int(self._rounded.ctypes.data), stride
