@@ -6,173 +6,40 @@
     quality.py --table --weights DIR                 the tables of OPT and Llama-2, all windows
     quality.py ... --save                            append to results/quality.jsonl
 
-What is measured, and how, is `nybble eval`'s. `--windows 12` takes twelve of the n windows of the text, every
-(n // 12)th from the first on (0: all). Every quantized model is made anew, unless the folder of `--keep` has
-one of the same source, scheme and calibration text.
+What is measured, and how, is `nybble eval`'s. A calibration text that shares ten words in a row with the text
+that judges is refused. `--windows 12` takes twelve of the n windows of the text, every (n // 12)th from the
+first on (0: all). Every quantized model is made anew, unless the folder of `--keep` has one of the same
+source, scheme and calibration text. A row that cannot be run says why, and the others follow.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-import time
+import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from quality_subject import PLAIN, Row, Subject
 
 from nybble.bench.machine import facts
-from nybble.config import ServeConfig
 from nybble.errors import NybbleError
-from nybble.evaluation.evaluation import Result, evaluate, open_model, open_streamed
-from nybble.evaluation.material import Choice, gather
-from nybble.evaluation.model import Model
-from nybble.evaluation.wikitext import fetch_wikitext
 from nybble_models.errors import ModelError
-from nybble_models.hub import fetch, name_of
-from nybble_quantizers.journal import fingerprint, key_of
-from nybble_quantizers.pipeline import quantize
-from nybble_quantizers.scheme import Scheme
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
 WINDOWS = 12
-PLAIN = Scheme()
 
-Row = dict[str, Any]
-
-W4 = {"bits": 4, "group_size": 128}
-TABLE_METHODS: dict[str, Row] = {
-    "none": {},
-    "gptq": W4,
-    "awq": W4,
-    "smoothquant": {"bits": 8, "group_size": -1, "symmetric": True, "inputs": "token"},
-}
-TABLES = {  # WikiText-2, all windows of 2048: unquantized (GPTQ's and AWQ's papers), and the figures to beat
-    "opt-1.3b": (14.63, 16.15, 14.92, 14.82),
-    "opt-2.7b": (12.47, 12.84, 12.70, 12.50),
-    "opt-6.7b": (10.86, 11.05, 10.92, 10.86),
-    "opt-13b": (10.13, 10.21, 10.22, 10.14),
-    "llama-2-7b": (5.47, 5.87, 5.60, 5.515),
-    "llama-2-13b": (4.88, 4.97, 4.97, 4.929),
-    "llama-2-70b": (3.32, 3.52, 3.41, 3.359),
-}
-
+with Path(__file__).with_name("quality_tables.toml").open("rb") as _file:
+    _tables = tomllib.load(_file)
+TABLE_METHODS: dict[str, Row] = _tables["methods"]
+TABLES: dict[str, dict[str, float]] = _tables["perplexity"]
 
 FAILURES = (ModelError, NybbleError, MemoryError, OSError, RuntimeError)  # PyTorch's lack of memory: the last
 """What keeps a row of a table from being run, and not the others."""
-
-
-class Subject:
-    """One model: its windows, and a row for what is made of it."""
-
-    def __init__(self, model: str, options: argparse.Namespace) -> None:
-        self.options = options
-        cache = self._config("").cache_path
-        self.source = fetch(model, cache)
-        text = options.text or fetch_wikitext(cache)
-        self.material = gather(self.source, Choice(text, options.windows, options.length))
-        self.base = open_streamed(self.source, self._config(""), "reference", tell)
-        calibration = Path(options.calibration).name if options.calibration else "written by the model"
-        self.common: Row = {
-            "benchmark": "quality",
-            "model": model if model == "default" else name_of(model),
-            "engine": options.engine,
-            "windows": len(self.material.windows),
-            "length": self.material.length,
-            "tokens": self.material.tokens,
-            "text_sha256": self.material.text.sha256,
-            "calibration": calibration,
-        }
-        self.plain: float | None = None
-
-    def unquantized(self) -> Row:
-        """In float32, or served with the head as stored."""
-        started = time.perf_counter()
-        measured: Model = self.base
-        if self.options.engine != "reference":
-            measured = open_model(
-                self.options.engine, self._config(str(self.source), 16), self.material, tell
-            )
-        return self._row("none", evaluate(measured, None, self.material, tell), started)
-
-    def quantized(self, settings: Row) -> Row:
-        """Quantize, then measure. Raises `ModelError`."""
-        options = self.options
-        scheme = Scheme(**settings | dict(options.set))
-        started = time.perf_counter()
-        with self._made(scheme) as folder:
-            prepared = time.perf_counter() - started
-            row = self.folder(folder, settings["method"])
-        return row | {
-            "bits": scheme.bits,
-            "group_size": scheme.group_size,
-            "scheme": {
-                name: value for name, value in asdict(scheme).items() if value != getattr(PLAIN, name)
-            },
-            "prepare_seconds": round(prepared, 1),
-        }
-
-    def folder(self, folder: Path, method: str) -> Row:
-        """A folder that is quantized already."""
-        started = time.perf_counter()
-        config = self._config(str(folder), self.options.head_bits)
-        measured = open_model(self.options.engine, config, self.material, tell)
-        reference = None if self.options.table else self.base
-        return self._row(method, evaluate(measured, reference, self.material, tell), started)
-
-    @contextmanager
-    def _made(self, scheme: Scheme) -> Iterator[Path]:
-        """The quantized copy: of `--keep`, or one that is gone afterwards."""
-        parent = self.options.keep or self._config("").cache_path
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".quality-", dir=parent) as fleeting:
-            target = parent / self._name(scheme) if self.options.keep else Path(fleeting) / "model"
-            if not target.exists():
-                quantize(
-                    self.source,
-                    target,
-                    scheme,
-                    calibration=self.options.calibration,
-                    evaluation=self.options.text,
-                )
-            yield target
-
-    def _name(self, scheme: Scheme) -> str:
-        """Another source, scheme or calibration text is another name."""
-        key = key_of(self.source, scheme, fingerprint(self.options.calibration))[:8]
-        return f"{name_of(str(self.source))}-{scheme.label}-{key}"
-
-    def _row(self, method: str, result: Result, started: float) -> Row:
-        figures = {name: rounded(value) for name, value in result.figures().items()}
-        perplexity = result.estimates["perplexity"].value
-        self.plain = self.plain or (perplexity if method == "none" else None)
-        rise = {} if self.plain is None else {"rise": round(perplexity - self.plain, 4)}
-        seconds = round(time.perf_counter() - started, 1)
-        return self.common | {"method": method} | figures | rise | {"measure_seconds": seconds}
-
-    def _config(self, model: str, head_bits: int = 16) -> ServeConfig:
-        options = self.options
-        return ServeConfig(
-            model=model or "default",
-            kernels=options.kernels,
-            head_bits=head_bits,
-            threads=options.threads,
-            cache_dir=options.cache_dir,
-        )
-
-
-def rounded(value: Any) -> Any:
-    """To six digits: what comes after them is noise."""
-    if isinstance(value, tuple):
-        return [rounded(each) for each in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def tell(phase: str, fraction: float) -> None:
-    """Rows are printed as they are done; nothing is said in between."""
 
 
 def compare(options: argparse.Namespace) -> Iterator[Row]:
@@ -185,11 +52,18 @@ def compare(options: argparse.Namespace) -> Iterator[Row]:
         for g in options.group_size
         for m in options.method
     ]
-    makers: list[Callable[[], Row]] = [subject.unquantized]
-    makers += [lambda settings=each: subject.quantized(settings) for each in wanted]
-    makers += [lambda path=each: subject.folder(path, path.name) for each in options.folder]
-    for make in makers:
-        row = make()
+    schemes = [subject.scheme(each) for each in wanted]  # a mistake in what is asked for shows first
+    makers: list[tuple[str, int, Callable[[], Row]]] = [("none", 0, subject.unquantized)]
+    makers += [(s.method, s.group_size, partial(subject.quantized, s)) for s in schemes]
+    makers += [(f.name, 0, partial(subject.given, f)) for f in options.folder]
+    for method, group, make in makers:
+        try:
+            row = make()
+        except FAILURES as error:
+            if subject.plain is None:
+                raise
+            print(f"{method:12} {group or '-':>5} {not_run(error)}", flush=True)
+            continue
         group = row.get("group_size", 0)
         if row["method"] == "rtn":
             nearest[group] = row["rise"]
@@ -209,24 +83,29 @@ def table(options: argparse.Namespace) -> Iterator[Row]:
     for model, figures in TABLES.items():
         held = weights_of(model, options.weights)
         subject: Subject | None = None
-        for (method, settings), to_beat in zip(TABLE_METHODS.items(), figures, strict=True):
-            head = f"{model:12} {method:12} {to_beat:8.3f}"
-            if held is None:
-                where = f"{options.weights} has no folder {model}" if options.weights else "no --weights"
-                print(f"{head} {'not run':>8}: {where}", flush=True)
-                continue
+        for method, settings in TABLE_METHODS.items():
+            head = f"{model:12} {method:12} {figures[method]:8.3f}"
             try:
-                subject = subject or Subject(str(held), options)
+                subject = subject or Subject(str(held or missing(model, options.weights)), options)
                 row = (
                     subject.unquantized()
                     if method == "none"
-                    else subject.quantized({"method": method} | settings)
+                    else subject.quantized(subject.scheme({"method": method} | settings))
                 )
             except FAILURES as error:
-                print(f"{head} {'not run':>8}: {str(error).splitlines()[0]}", flush=True)
+                print(f"{head} {not_run(error)}", flush=True)
                 continue
             print(f"{head} {row['perplexity']:8.3f}", flush=True)
-            yield row | {"table": model, "to_beat": to_beat}
+            yield row | {"table": model, "to_beat": figures[method]}
+
+
+def missing(model: str, weights: Path | None) -> NoReturn:
+    raise ModelError(f"{weights} has no folder {model}" if weights else "no --weights")
+
+
+def not_run(error: Exception) -> str:
+    """What a row says in the place of figures: a line of the error, or its name where it says nothing."""
+    return f"{'not run':>8}: {(str(error) or type(error).__name__).splitlines()[0]}"
 
 
 def weights_of(model: str, weights: Path | None) -> Path | None:

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from nybble_models.errors import BrokenCheckpoint
 
+REPORT = "quant_report.json"  # beside the weights of a checkpoint that was quantized here
+
 
 class Checkpoint:
     """A Hugging Face folder: `config.json` and safetensors shards, read lazily and by name."""

@@ -11,7 +11,8 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nybble_models.checkpoint import Checkpoint
@@ -81,27 +82,51 @@ def _default(cache_dir: Path, say: Say) -> Path:
 
 def _from_hub(model: str, cache_dir: Path, local_only: bool = False) -> Path:
     """huggingface_hub resumes partial files and links a snapshot only when its files are whole."""
-    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    with _in_one_line(model, "give a local folder or .gguf file"):
+        from huggingface_hub import snapshot_download
 
-    try:
         found = snapshot_download(
             model, cache_dir=cache_dir / "hub", allow_patterns=list(FILES), local_files_only=local_only
         )
+    return Path(found)
+
+
+def fetch_data(
+    data_set: str, file: str, otherwise: str, cache_dir: Path | None = None, *, local_only: bool = False
+) -> Path:
+    """A file of a data set on the hub, downloaded if need be; `otherwise`: what to do where that fails.
+
+    Without a cache folder of ours it goes to the hub library's own. Raises `ModelError` in one line.
+    """
+    with _in_one_line(f"{file} of {data_set}", otherwise):
+        from huggingface_hub import hf_hub_download
+
+        cache = None if cache_dir is None else cache_dir / "hub"
+        found = hf_hub_download(
+            data_set, file, repo_type="dataset", cache_dir=cache, local_files_only=local_only
+        )
+    return Path(found)
+
+
+@contextmanager
+def _in_one_line(what: str, otherwise: str) -> Iterator[None]:
+    """Whatever the hub's library raises, as `ModelError`."""
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except HFValidationError:
-        raise ModelError(f"{model!r} is not a hub id", hint="an id is owner/name") from None
+        raise ModelError(f"{what!r} is not a hub id", hint="an id is owner/name") from None
     except LocalEntryNotFoundError:
         raise ModelError(
-            f"{model} is not in the cache and the hub cannot be reached",
-            hint="give a local folder or .gguf file",
+            f"{what} is not in the cache and the hub cannot be reached", hint=otherwise
         ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"cannot fetch {model}: {reason}", hint="check the id, the network and HF_TOKEN"
+            f"cannot fetch {what}: {reason}", hint=f"check the name, the network and HF_TOKEN, or {otherwise}"
         ) from None
-    return Path(found)
 
 
 def hub_answers() -> bool:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nybble_models.formats.form import Form
-from nybble_quantizers import rounding, rtn
+from nybble_quantizers import rounding
+from nybble_quantizers.grids import grouped
 from nybble_quantizers.workers import Map, in_turn
 
 STRIDE = 4
@@ -82,7 +83,7 @@ def magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
     """Mean over all rows of |w| relative to the largest of its group: [K]."""
     total = weights[0].new_zeros(weights[0].shape[1])
     for weight in weights:
-        groups = rtn.grouped(weight.abs(), group_size)
+        groups = grouped(weight.abs(), group_size)
         relative = groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)
         total += relative.flatten(1)[:, : weight.shape[1]].sum(0)
     return total / sum(len(w) for w in weights)

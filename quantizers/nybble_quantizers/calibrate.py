@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from nybble_models.documents import read_documents
 from nybble_models.errors import ModelError
 from nybble_quantizers import overlap
-from nybble_quantizers.corpus import read_documents
 from nybble_quantizers.hessian import hessian
 from nybble_quantizers.workers import Map, in_turn
 

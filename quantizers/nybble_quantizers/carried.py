@@ -7,15 +7,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from nybble_models.checkpoint import Checkpoint, read_json, write_json
+from nybble_models.checkpoint import REPORT, Checkpoint, read_json, write_json
 from nybble_models.errors import BrokenCheckpoint
 from nybble_quantizers import canary, card, papers, sums
 from nybble_quantizers.contents import Contents
 from nybble_quantizers.origin import copy_licence
 
 log = logging.getLogger("nybble.convert")
-
-REPORT = "quant_report.json"
 
 
 def write(source: Path, folder: Path, format: str, sizes: Mapping[str, int], parameters: int) -> None:

@@ -11,11 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nybble_kernels.quantized import QuantizedTensor, Weight, dense
+from nybble_kernels.quantized import QuantizedTensor, dense
 from nybble_models.checkpoint import Checkpoint, write_json
 from nybble_models.errors import ModelError
-from nybble_models.formats.codec import form_of
-from nybble_models.formats.container import Container, container
+from nybble_models.formats.container import container
 from nybble_models.formats.form import Form, rule
 from nybble_models.formats.gptq import GptqCodec
 from nybble_models.formats.overrides import for_linear
@@ -23,10 +22,11 @@ from nybble_models.hub import open_source
 from nybble_models.loader import Loader
 from nybble_models.weights import Block, Linear, order_inner
 from nybble_quantizers import carried
+from nybble_quantizers.holding import form_held, lost
 from nybble_quantizers.journal import key_of
 from nybble_quantizers.output import ShardWriter, appearing
-from nybble_quantizers.selection import PARTNERS
 from nybble_quantizers.tokenizing import carry_over
+from nybble_quantizers.units import partners
 from nybble_quantizers.writer import ModelWriter
 
 log = logging.getLogger("nybble.convert")
@@ -34,8 +34,6 @@ log = logging.getLogger("nybble.convert")
 Format = Literal["awq", "gptq", "gptq_v2", "compressed-tensors"]
 Tell = Callable[[str, float], None]
 """`tell(phase, fraction)`: "convert", then "compare"."""
-
-ROOM = 256  # outputs, and groups of inputs, that every format's words divide
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +61,9 @@ def convert(source: Path, out: Path, format: Format, tell: Tell = lambda phase, 
     Act-order of `down` becomes the order of the rows of `gate` and `up`. That of other linears has no rows to
     go to (their inputs are the stream, or heads of attention): GPTQ keeps it as g_idx, other formats cannot.
     A linear whose width a format's words do not divide becomes a float matrix, its partners with it, and so
-    does a rounded embedding or head but between files of compressed-tensors. Raises `ModelError` in one line,
-    naming the linear, where a value would change; then nothing is left behind.
+    does a rounded embedding or head but between files of compressed-tensors. How inputs are rounded, with
+    their stored scales, is kept like the weights. Raises `ModelError` in one line, naming the linear, where a
+    value would change; then nothing is left behind.
     """
     run = _Run(source, format, tell)
     with appearing(out, run.needed(), key_of(source, "convert", format)) as folder:
@@ -80,7 +79,7 @@ class _Run:
         self.names: dict[str, Form | None] = {}
         self.folded = 0
         self.ordered = False  # whether a g_idx is left that is not static
-        self.target = _target(format)
+        self.target = container(format, act_order="gptq" in format)
 
     def needed(self) -> int:
         """Bytes that are about enough: a GGUF file's embedding may become float32."""
@@ -90,6 +89,8 @@ class _Run:
 
     def write(self, folder: Path) -> Conversion:
         writer, shards = ModelWriter(self.loader.family, self.target, exact=True), ShardWriter(folder)
+        for loss in lost(self.loader.settings):
+            log.warning("%s", loss)
         for layer in self._layers("convert"):
             block, forms = self._block(layer)
             shards.extend(writer.block(layer, block, forms))
@@ -119,10 +120,9 @@ class _Run:
         order_inner(linears, spec.mlp)
         names = {p: self.loader.family.projections[p].format(i=layer) for p in spec.projections}
         forms = {p: form for p in spec.projections if (form := self._form(names[p], linears[p])) is not None}
-        for partners in PARTNERS:
-            present = {p for p in partners if p in linears}
-            if not present <= forms.keys():
-                forms = {p: form for p, form in forms.items() if p not in present}
+        for unit in partners(spec):
+            if not forms.keys() >= set(unit):
+                forms = {p: form for p, form in forms.items() if p not in unit}
         for p, name in names.items():
             self.names[name] = forms.get(p)
             if p not in forms:
@@ -137,7 +137,7 @@ class _Run:
             rounded = self.loader.codec_of(name) is not None
             if end is None or not (rounded or isinstance(end.weight, QuantizedTensor)):
                 continue
-            form = self._end_form(name, end.weight) if rounded else None
+            form = self._end_form(name, end) if rounded else None
             if form is None:
                 log.warning("%s is stored as floats, which take more room: its levels do not move", name)
             else:
@@ -145,60 +145,27 @@ class _Run:
         self.names |= {name: form for name, (_, form) in packed.items()}
         return packed
 
-    def _end_form(self, name: str, weight: Weight) -> Form | None:
-        if self.format != "compressed-tensors" or not isinstance(weight, QuantizedTensor):
+    def _end_form(self, name: str, end: Linear) -> Form | None:
+        """None for what becomes a float matrix. Raises `ModelError`: such a one rounds no inputs."""
+        if self.format != "compressed-tensors" and end.inputs is None:
             return None
-        form = replace(form_of(weight), inputs=self._inputs(name))
-        held = self._refusal(weight, form) is None and self.target.fits(weight.shape, form) is None
-        return form if held else None
+        try:
+            return self._form(name, end)
+        except ModelError:
+            if end.inputs is not None:
+                raise
+            return None
 
     def _form(self, name: str, linear: Linear) -> Form | None:
         """None for what is, or has to become, a float matrix. Raises `ModelError`."""
         weight = linear.weight
         if isinstance(weight, Tensor):
             return None
-        if not isinstance(weight, QuantizedTensor):
-            raise ModelError(f"{name} holds 8-bit floats, which only compressed-tensors does", hint="keep it")
-        form = replace(form_of(weight), inputs=self._inputs(name))
-        refusal = self._refusal(weight, form)
-        if refusal is not None:
-            raise ModelError(f"{name}: {refusal[0]}", hint=refusal[1])
+        try:
+            form = form_held(linear, weight, for_linear(self.loader.settings, name), self.target)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}", hint=error.hint) from None
         return form if self.target.fits(weight.shape, form) is None else None
-
-    def _inputs(self, name: str) -> Literal["token"] | None:
-        """What a W8A8 checkpoint asks for. Raises `ModelError` for scales of inputs: no codec writes them."""
-        rounded = for_linear(self.loader.settings, name).get("input_activations")
-        if rounded and not rounded.get("dynamic"):
-            raise ModelError(
-                f"{name} has static scales for its inputs, which are not converted",
-                hint="keep the checkpoint",
-            )
-        return "token" if rounded else None
-
-    def _refusal(self, weight: QuantizedTensor, form: Form) -> tuple[str, str] | None:
-        """Why the format cannot say what the weight says, whatever its shape, and what can be done."""
-        if weight.minimums is not None:
-            return (
-                f"it has real minimums (GGUF Q4_1), and {self.format} holds integer zero points",
-                "serve the file as it is, or quantize it anew with `nybble quantize`",
-            )
-        reason = self.target.fits((ROOM, form.group(1) * ROOM), form)
-        if reason is not None:
-            return reason, "another --format may"
-        if weight.permutation is not None and "gptq" not in self.format:
-            return (
-                f"it is in act-order, and {self.format} holds weights in the order of their inputs",
-                "--format gptq_v2 keeps the order",
-            )
-        half = torch.equal(weight.scales.half().float(), weight.scales)
-        if self.format != "compressed-tensors" and not half:
-            return (
-                f"its scales are no float16 numbers, which {self.format} has",
-                "--format compressed-tensors",
-            )
-        if self.format == "gptq" and weight.zeros is not None and not bool(weight.zeros.all()):
-            return "it has a zero point 0, which GPTQ v1 has not", "--format gptq_v2"
-        return None
 
     def _config(self) -> dict[str, Any]:
         """Raises `ModelError` when nothing is packed."""
@@ -218,26 +185,22 @@ class _Run:
             for p, linear in block.linears.items():
                 rows = inner if p in self.loader.spec.mlp[:-1] else None
                 meant = _meant(linear, rows, inner if p == "down" else None)
-                _same(self.loader.family.projections[p].format(i=layer), meant, _meant(copy.linears[p]))
+                name = self.loader.family.projections[p].format(i=layer)
+                _same(name, meant, _meant(copy.linears[p]))
+                _same_inputs(name, linear, copy.linears[p])
             for role, norm in block.norms.items():
                 found = copy.norms[role]
                 _same(f"{role} of layer {layer}", (norm.weight, norm.bias), (found.weight, found.bias))
         heads = self.loader.head(), written.head()
         if heads[0] is not None and heads[1] is not None:
             _same(self.loader.family.head, _meant(heads[0]), _meant(heads[1]))
+            _same_inputs(self.loader.family.head, heads[0], heads[1])
         embeddings = dense(self.loader.embed()), dense(written.embed())
         _same(
             self.loader.family.embed,
             (embeddings[0], self.loader.positions()),
             (embeddings[1], written.positions()),
         )
-
-
-def _target(format: Format) -> Container:
-    if format in ("gptq", "gptq_v2"):
-        codec = GptqCodec(1 if format == "gptq" else 2, act_order=True)
-        return Container(format, lambda form: codec)
-    return container(format)
 
 
 def _order(linear: Linear) -> Tensor | None:
@@ -259,9 +222,16 @@ def _same(name: str, meant: tuple[Tensor, Tensor | None], found: tuple[Tensor, T
         if one is None and other is None:
             continue
         if one is None or other is None or not torch.equal(one.float(), other.float()):
-            raise ModelError(
-                f"{name} would not hold the same values", hint="this is a mistake of nybble: please report it"
-            )
+            raise _changed(f"{name} would not hold the same values")
+
+
+def _same_inputs(name: str, linear: Linear, copy: Linear) -> None:
+    if linear.inputs != copy.inputs:
+        raise _changed(f"{name} would not round its inputs alike")
+
+
+def _changed(what: str) -> ModelError:
+    return ModelError(what, hint="this is a mistake of nybble: please report it")
 
 
 def _listed(names: tuple[str, ...], most: int = 8) -> str:

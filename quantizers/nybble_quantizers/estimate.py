@@ -1,9 +1,9 @@
 """What a run will need, from shapes alone: memory by part, disk, and time. Nothing is loaded for it.
 
 Every part of memory is a sum over tensors that are there at the same time; the numbers of copies were counted
-in the code and compared with the largest resident size of runs on made models (`tests/quantizers/
-test_estimate.py` holds them to 35 %). Times are operations over a rate that is measured for half a second,
-and costs per weight that were measured: see the constants.
+in the code and compared with the largest resident size of runs on made models: `tests/quantizers/
+test_estimate.py` lets what is said be 35 % too little and 60 % too much. Times are operations over a rate
+that is measured for half a second, and costs per weight that were measured: see the constants.
 """
 
 from __future__ import annotations

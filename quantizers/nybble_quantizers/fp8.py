@@ -8,7 +8,7 @@ from torch import Tensor
 from nybble_kernels.float8 import LARGEST, Float8Tensor
 from nybble_models.formats.form import TENSOR
 from nybble_quantizers.gptq import Factor
-from nybble_quantizers.rtn import SMALLEST
+from nybble_quantizers.grids import SMALLEST
 
 BLOCK = 64  # inputs between two updates of all the weights still to come
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -122,9 +121,6 @@ class Journal:
         path = self.final(layer)
         kinds, tensors = self._facts(path)["kinds"], load_file(path)
         return {name: (kinds[name], tensors[name]) for name in kinds}
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder)
 
     def _block(self, layer: int) -> Path:
         return self.folder / f"block-{layer:05}.safetensors"

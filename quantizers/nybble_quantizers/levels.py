@@ -15,7 +15,7 @@ from torch import Tensor
 from nybble_kernels.quantized import QuantizedTensor, dense
 from nybble_models.weights import Block, Linear, Norm
 from nybble_quantizers.folding import float_weight
-from nybble_quantizers.rtn import SMALLEST, grouped
+from nybble_quantizers.grids import SMALLEST, grouped
 
 EDGE = 0.499  # how far from its level a place may lie
 HOLD = 0.5  # of that: what GPTQ chose against the nearest level is not undone by the first steps

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,15 +20,17 @@ from nybble_models.checkpoint import write_json
 from nybble_models.errors import ModelError
 
 SHARD_BYTES = 1 << 30
+JOURNAL = ".journal"  # in the folder being written: what a later run goes on from
 
 
 @contextmanager
 def appearing(out: Path, needed: int, key: str) -> Iterator[Path]:
     """A hidden sibling of `out` that takes its name on success.
 
-    A failure removes it. A run that is killed or interrupted leaves it, and the next with the same `key`
-    finds it; one with another key removes it. `needed` bytes are checked for first. Raises `ModelError` in
-    one line where the disk refuses, or where another process writes the same.
+    A failure removes it. A run that is killed or interrupted leaves it, and so does a disk that becomes full
+    where there is a journal; the next run with the same `key` finds it, one with another key removes it.
+    `needed` bytes are checked for first. Raises `ModelError` in one line where the disk refuses, or where
+    another process writes the same.
     """
     if out.exists():
         raise ModelError(f"{out} exists already", hint="remove it or choose another folder")
@@ -37,9 +41,12 @@ def appearing(out: Path, needed: int, key: str) -> Iterator[Path]:
     try:
         yield folder
         _flush(folder)
+        shutil.rmtree(folder / JOURNAL, ignore_errors=True)
         folder.rename(out)
         _flush_entry(out.parent)
     except (OSError, SafetensorError) as error:
+        if _is_full(error) and (folder / JOURNAL).is_dir():
+            raise _kept(out, folder, needed) from None
         shutil.rmtree(folder, ignore_errors=True)
         raise ModelError(f"cannot write {out}: {error}", hint="is the disk full or read-only?") from None
     except ModelError:
@@ -47,6 +54,26 @@ def appearing(out: Path, needed: int, key: str) -> Iterator[Path]:
         raise
     finally:
         os.close(claim)
+
+
+def _is_full(error: Exception) -> bool:
+    """safetensors gives the number of the system's error in its text only."""
+    said = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else said and int(said[1])
+    return number in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _kept(out: Path, folder: Path, needed: int) -> ModelError:
+    """Leaves the whole files of the journal: the next run makes all others again."""
+    for path in (*folder.iterdir(), *(folder / JOURNAL).glob("*.unfinished")):
+        if path.is_file():
+            path.unlink()
+    held = sum(path.stat().st_size for path in (folder / JOURNAL).iterdir())
+    more = max(needed - held, 1 << 20)
+    return ModelError(
+        f"the disk of {out.parent} is full: about {more / 2**20:,.0f} MiB more are needed",
+        hint=f"free some space and give the same command again: it goes on from what is kept in {folder}",
+    )
 
 
 def _sibling(out: Path, needed: int, key: str) -> Path:
@@ -93,8 +120,9 @@ def _sweep(out: Path, keep: Path) -> None:
 
 def _flush(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
-        path.chmod(0o644)  # safetensors makes its files private
-        _flush_entry(path)
+        if path.is_file():
+            path.chmod(0o644)  # safetensors makes its files private
+            _flush_entry(path)
     _flush_entry(folder)
 
 
@@ -107,7 +135,12 @@ def _flush_entry(path: Path) -> None:
 
 
 class ShardWriter:
-    """Collects tensors and writes a shard whenever enough have come together."""
+    """Collects tensors and writes a shard whenever `limit` bytes have come together.
+
+    A shard is held in memory until then, once: its file begins with a list of all that is in it. So shards
+    are smaller than the 5 GB of other programs, which hold the whole model, and of one size whatever memory
+    there is: more of it, or less, changes no byte.
+    """
 
     def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
         self.folder = folder

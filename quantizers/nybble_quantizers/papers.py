@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nybble_models.checkpoint import read_json
+from nybble_models.checkpoint import REPORT, read_json
 from nybble_models.errors import BrokenCheckpoint
 from nybble_quantizers import card, sums
 from nybble_quantizers.report import LayerReport, QuantReport
@@ -22,13 +22,13 @@ def write(folder: Path, report: QuantReport) -> None:
 
 def read(folder: Path) -> QuantReport:
     """Raises `BrokenCheckpoint` for a report that this version did not write."""
-    said = read_json(folder / "quant_report.json")
+    said = read_json(folder / REPORT)
     try:
         layers = tuple(LayerReport(**layer) for layer in said["layers"])
         return QuantReport(**said | {"skipped": tuple(said["skipped"]), "layers": layers})
     except (KeyError, TypeError) as error:
         raise BrokenCheckpoint(
-            f"{folder / 'quant_report.json'} is of another version ({error})", hint="quantize the model again"
+            f"{folder / REPORT} is of another version ({error})", hint="quantize the model again"
         ) from None
 
 

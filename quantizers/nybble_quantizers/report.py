@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from nybble_kernels.float8 import Float8Tensor
-from nybble_models.checkpoint import write_json
+from nybble_models.checkpoint import REPORT, write_json
 from nybble_models.weights import Linear
 from nybble_quantizers.block import Finding
 from nybble_quantizers.folding import float_weight
@@ -35,12 +35,6 @@ class QuantizeProgress:
     total: int
     seconds_left: float | None = None
     layers: tuple[LayerReport, ...] = ()
-
-    @property
-    def error(self) -> float | None:
-        """The largest noise over signal of an output of the block, where known."""
-        known = [row.output_sqnr_db for row in self.layers if row.output_sqnr_db is not None]
-        return 10 ** (-min(known) / 10) if known else None
 
 
 Listener = Callable[[QuantizeProgress], None]
@@ -84,7 +78,7 @@ class QuantReport:
     evaluation: dict[str, Any] | None = None  # figures of `nybble eval`
 
     def write(self, directory: Path) -> None:
-        write_json(directory / "quant_report.json", asdict(self))
+        write_json(directory / REPORT, asdict(self))
 
 
 def layer_report(name: str, folded: Linear, quantized: Linear, found: Finding) -> LayerReport:

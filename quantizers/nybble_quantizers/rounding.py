@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from nybble_kernels.activations import LIMITS, Activations
 from nybble_kernels.float8 import Float8Tensor
 from nybble_kernels.quantized import QuantizedTensor
+from nybble_models.errors import BrokenCheckpoint
 from nybble_models.formats.form import TENSOR, Form
+from nybble_models.weights import Block, Linear
 from nybble_quantizers import fp8, rtn
+from nybble_quantizers.folding import float_weight
 
 Quantized = QuantizedTensor | Float8Tensor
 
 
-def nearest(weight: Tensor, form: Form) -> Quantized:
-    """[N, K] on the grid that spans each group."""
+def nearest(weight: Tensor, form: Form, *, mse: bool = False) -> Quantized:
+    """[N, K] on the grid that spans each group, or with `mse` on the best within (of integers)."""
     if form.kind == "float":
         return fp8.quantize(weight, form.group_size)
     group, shared = form.group(weight.shape[1]), form.group_size == TENSOR
-    return rtn.quantize(weight, form.bits, group, form.symmetric, per_tensor=shared)
+    return rtn.quantize(weight, form.bits, group, form.symmetric, per_tensor=shared, mse=mse)
+
+
+def nearest_block(block: Block, forms: Mapping[str, Form], names: Mapping[str, str], mse: bool) -> Block:
+    """The block with linears in their `forms`, each by itself; `names` are the full ones."""
+    linears = dict(block.linears)
+    for p, form in forms.items():
+        with naming(names[p]):
+            rounded = nearest(float_weight(linears[p]), form, mse=mse)
+        linears[p] = Linear(rounded, linears[p].bias, tokenwise(form))
+    return Block(linears, block.norms)
 
 
 def fake(weight: Tensor, form: Form) -> Tensor:
@@ -38,3 +54,12 @@ def inputs_of(form: Form, largest: float) -> Activations | None:
 def tokenwise(form: Form) -> Activations | None:
     """What a form asks of inputs that nobody has seen."""
     return None if form.inputs is None else Activations(form.kind)
+
+
+@contextmanager
+def naming(part: str) -> Iterator[None]:
+    """Says which part of the model holds numbers that cannot be rounded."""
+    try:
+        yield
+    except ValueError as error:
+        raise BrokenCheckpoint(f"{part}: {error}", hint="is the checkpoint damaged? fetch it again") from None

@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from nybble_kernels.quantized import QuantizedTensor
-from nybble_quantizers.grids import SMALLEST as SMALLEST
-from nybble_quantizers.grids import Grid as Grid
-from nybble_quantizers.grids import grid as grid
-from nybble_quantizers.grids import grouped as grouped
-from nybble_quantizers.grids import narrowed
+from nybble_quantizers.grids import Grid, grid, grouped, narrowed
 
 POWER = 2.4  # of a weight's error in the search, as in GPTQ's code
 

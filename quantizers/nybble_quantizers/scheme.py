@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from nybble_models.errors import ModelError
 from nybble_models.formats.container import Container, container
 from nybble_models.formats.form import CHANNEL, TENSOR, Form, Inputs, Kind
-from nybble_quantizers.gptq import DAMP
+from nybble_quantizers.gptq import DAMP, Order
 
 Method = Literal["awq", "gptq", "awq+gptq", "smoothquant", "smoothquant+gptq", "rtn", "none"]
 
@@ -26,9 +26,9 @@ class Scheme:
     embedding and the head are rounded too. `kind` "float" is FP8 (E4M3). `inputs`: activations are rounded to
     8 bits of the same kind, with a scale a "token", or one for the "tensor" that calibration finds. `alpha`:
     how much of their range SmoothQuant moves into the weights; None: searched for each fold. `best`:
-    afterwards levels, scales, norms and biases are tuned by gradient in so many `steps`. `act_order`: GPTQ
-    makes groups of the inputs by loudness, which kernels then have to permute. `damp`: what is added to a
-    Hessian's diagonal at first, of its mean.
+    afterwards levels, scales, norms and biases are tuned by gradient in so many `steps`. `order`: in which
+    GPTQ takes the inputs (see `gptq.Order`). `damp`: what is added to a Hessian's diagonal at first, of its
+    mean. `mse`: round-to-nearest searches the range of every group for the least error.
     Method "none" keeps every weight at 16 bits (a change of container only).
     """
 
@@ -49,8 +49,9 @@ class Scheme:
     kind: Kind = "int"
     inputs: Inputs | None = None
     alpha: float | None = None
-    act_order: bool = False
+    order: Order = "groups"
     damp: float = DAMP
+    mse: bool = False
     best: bool = False
     steps: int = 100
 
@@ -75,10 +76,11 @@ class Scheme:
                 f"group size {self.group_size} is not positive",
                 hint="-1 means one scale for a row; 0, with method rtn, one for the whole matrix",
             )
-        if self.act_order and self.method not in ("gptq", "awq+gptq"):
-            raise ModelError(f"{self.method} has no act-order", hint="--method gptq or awq+gptq")
-        if self.format != "auto" or self.act_order:
-            container("gptq_v2" if self.format == "auto" else self.format, self.act_order)
+        if self.order != "groups" and not self.compensates:
+            raise ModelError(f"{self.method} takes the inputs in no order", hint="--method gptq or awq+gptq")
+        if self.mse and (self.method != "rtn" or self.kind == "float"):
+            raise ModelError("the search for the least error is round-to-nearest's", hint="--method rtn")
+        self._named_container()
         self._check_target()
         if self.ends and self.container.name != "compressed-tensors":
             raise ModelError(
@@ -118,7 +120,7 @@ class Scheme:
 
     def _check_best(self) -> None:
         tuned = self.method in ("awq", "gptq", "awq+gptq")
-        if tuned and self.inputs is None and not self.act_order:
+        if tuned and self.inputs is None and not self.permutes:
             return
         reason = "rounded inputs" if self.inputs is not None else "act-order" if tuned else self.method
         raise ModelError(
@@ -155,9 +157,21 @@ class Scheme:
         return Form(self.bits, self.group_size, self.symmetric, self.kind, self.inputs)
 
     @property
+    def permutes(self) -> bool:
+        """Whether kernels have to undo GPTQ's order."""
+        return self.order == "desc_act"
+
+    def _named_container(self) -> Container | None:
+        """None where the format follows from the forms."""
+        if self.format == "auto" and not self.permutes:
+            return None
+        return container("gptq_v2" if self.format == "auto" else self.format, self.permutes)
+
+    @property
     def container(self) -> Container:
-        if self.format != "auto" or self.act_order:
-            return container("gptq_v2" if self.format == "auto" else self.format, self.act_order)
+        named = self._named_container()
+        if named is not None:
+            return named
         form = self.form
         alike = not (self.overrides or self.mixes or self.ends)
         plain = form is None or (alike and form.bits == 4 and form.group_size != TENSOR)

@@ -13,8 +13,8 @@ from nybble_models.formats.container import Container
 from nybble_models.formats.form import CHANNEL, Form
 from nybble_models.spec import ModelSpec
 from nybble_quantizers.scheme import Scheme
+from nybble_quantizers.units import partners
 
-PARTNERS = (("q", "k", "v"), ("gate", "up"))  # engines fuse them, so they are all alike
 EIGHT = Form(8, CHANNEL, symmetric=True)  # groups gain nothing where levels are this fine
 SPARE = 16 << 20  # tokenizer, report, and the heads of files
 
@@ -34,13 +34,6 @@ class Selection:
     def skipped(self) -> tuple[str, ...]:
         """Full names of the linears that stay at 16 bits."""
         return tuple(name for name, form in self.names.items() if form is None)
-
-
-def units(spec: ModelSpec) -> tuple[tuple[str, ...], ...]:
-    """The projections of a block, those that engines fuse together."""
-    joined = {p: partners for partners in PARTNERS for p in partners}
-    found = (joined.get(p, (p,)) for p in spec.projections)
-    return tuple(dict.fromkeys(tuple(p for p in unit if p in spec.projections) for unit in found))
 
 
 def select(
@@ -88,7 +81,7 @@ def _fitting(
     spec: ModelSpec, family: Family, container: Container, names: Mapping[str, Form | None], layer: int
 ) -> Forms:
     chosen: dict[str, Form] = {}
-    for unit in units(spec):
+    for unit in partners(spec):
         forms = [names[family.projections[p].format(i=layer)] for p in unit]
         shapes = [spec.shape(p) for p in unit]
         if all(f is not None and container.fits(s, f) is None for f, s in zip(forms, shapes, strict=True)):

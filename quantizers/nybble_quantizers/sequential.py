@@ -17,7 +17,7 @@ from nybble_models.window import Window
 from nybble_quantizers import awq, fp8
 from nybble_quantizers.block import TINY, Finding
 from nybble_quantizers.folding import float_weight
-from nybble_quantizers.gptq import Factor, Order, factorise, round_all
+from nybble_quantizers.gptq import Factor, factorise, round_all
 from nybble_quantizers.hessian import hessian, lack
 from nybble_quantizers.rounding import Quantized, inputs_of
 from nybble_quantizers.scheme import Scheme
@@ -156,8 +156,7 @@ class Passage:
         part = gram = hessian(read, self.run, range(known or count))
         if 0 < known < count:
             gram = part + hessian(read, self.run, range(known, count))
-        order: Order = "desc_act" if self.scheme.act_order else "groups"
-        factor = factorise(gram, form.group(len(gram)), order, self.scheme.damp)
+        factor = factorise(gram, form.group(len(gram)), self.scheme.order, self.scheme.damp)
         if factor.damp > self.scheme.damp:
             log.warning("layer %d, input of %s: damping raised to %g", self.layer, wanted[0], factor.damp)
         weights = [float_weight(self.dense.linears[name]) for name in wanted]

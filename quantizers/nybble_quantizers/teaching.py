@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,11 @@ from nybble_quantizers.distill import END_TO_END, Distilled, distill
 from nybble_quantizers.journal import Journal
 from nybble_quantizers.levels import TunedBlock
 from nybble_quantizers.report import LayerReport, Listener, QuantizeProgress, layer_report
+from nybble_quantizers.selection import Forms
 from nybble_quantizers.workers import Map
+from nybble_quantizers.writer import ModelWriter
+
+log = logging.getLogger("nybble.quantize")
 
 
 class Finished:
@@ -60,7 +65,7 @@ def teach(
     spec = loader.spec
     finished = Loader(Finished(journal, spec.num_layers, config))
     tuned = [
-        TunedBlock(whole_block(journal, layer, finished.block(layer)), finished.block(layer))
+        TunedBlock(_whole(journal, layer, finished.block(layer)), finished.block(layer))
         for layer in range(spec.num_layers)
     ]
     last = journal.states(spec.num_layers - 1)
@@ -82,7 +87,22 @@ def teach(
     return distill(decoder, tuned, states, targets, pace, seed, run, heard)
 
 
-def whole_block(journal: Journal, layer: int, rounded: Block) -> Block:
+def keep(
+    loader: Loader, journal: Journal, writer: ModelWriter, forms: Sequence[Forms], made: Distilled
+) -> None:
+    """What was tuned, in the journal beside what it was made of. It is final once it is whole."""
+    log.info("tuned: KL %.5f -> %.5f nats a token on the calibration text", made.before, made.after)
+    for layer, block in enumerate(made.blocks):
+        whole, rows = _whole(journal, layer, block), journal.reports(layer)
+        names = {loader.family.projections[p].format(i=layer): p for p in block.linears}
+        reports = [
+            _again(row, whole.linears[names[row.name]], block.linears[names[row.name]]) for row in rows
+        ]
+        journal.keep_tuned(layer, writer.block(layer, block, forms[layer]), reports)
+    journal.taught(loader.spec.num_layers)
+
+
+def _whole(journal: Journal, layer: int, rounded: Block) -> Block:
     """The block as it was before its linears were rounded."""
     whole = journal.whole(layer)
     linears = {
@@ -92,7 +112,7 @@ def whole_block(journal: Journal, layer: int, rounded: Block) -> Block:
     return Block(linears, rounded.norms)
 
 
-def report_again(row: LayerReport, whole: Linear, tuned: Linear) -> LayerReport:
+def _again(row: LayerReport, whole: Linear, tuned: Linear) -> LayerReport:
     """The row of a linear whose levels have moved: its outputs were not measured again."""
     found = Finding(ratio=row.ratio, duo=row.duo, clip_share=row.clip_share, damp=row.damp)
     return layer_report(row.name, whole, tuned, found)

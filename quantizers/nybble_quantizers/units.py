@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from nybble_models.families import Family
 from nybble_models.formats.form import Form
 from nybble_models.spec import ModelSpec
-from nybble_quantizers.selection import units
 
 EMBED, HEAD = "embed", "head"
+FUSED = (("q", "k", "v"), ("gate", "up"))  # by engines, so they are all alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +20,6 @@ class Unit:
 
     layer: int | None
     parts: tuple[str, ...]
-
-    @property
-    def label(self) -> str:
-        """ "3.q,k,v", "embed"."""
-        return ",".join(self.parts) if self.layer is None else f"{self.layer}.{','.join(self.parts)}"
 
     def names(self, family: Family) -> list[str]:
         """As on disk, in the order of the parts."""
@@ -44,9 +39,16 @@ class Unit:
         return sum(2 * math.prod(shape) if form is None else form.nbytes(shape) for shape in shapes)
 
 
+def partners(spec: ModelSpec) -> tuple[tuple[str, ...], ...]:
+    """The projections of a block, those that engines fuse together."""
+    joined = {p: fused for fused in FUSED for p in fused}
+    found = (joined.get(p, (p,)) for p in spec.projections)
+    return tuple(dict.fromkeys(tuple(p for p in unit if p in spec.projections) for unit in found))
+
+
 def block_units(spec: ModelSpec) -> tuple[Unit, ...]:
     """The linears of all blocks: (q, k, v), (o), (gate, up), (down) of every layer."""
-    return tuple(Unit(layer, parts) for layer in range(spec.num_layers) for parts in units(spec))
+    return tuple(Unit(layer, parts) for layer in range(spec.num_layers) for parts in partners(spec))
 
 
 def end_units(spec: ModelSpec) -> tuple[Unit, ...]:

@@ -9,14 +9,12 @@ from pathlib import Path
 
 import torch
 
-from nybble_models.checkpoint import Checkpoint, read_json
+from nybble_models.checkpoint import REPORT, Checkpoint, read_json
 from nybble_models.errors import BrokenCheckpoint, ModelError
 from nybble_models.families import family_of, spec_of
 from nybble_quantizers import sums
 from nybble_quantizers.contents import Contents, Stored, expected
 from nybble_quantizers.quality_report.record import Record, Row, record
-
-REPORT = "quant_report.json"
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nybble_quantizers.pipeline import quantize
 from nybble_quantizers.scheme import Scheme
 from support_checkpoint import write_checkpoint
 
@@ -25,10 +26,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     results = tmp_path / "results" / "quality.jsonl"
     monkeypatch.setattr(quality, "RESULTS", results)
     (tmp_path / "text.txt").write_text(TEXT)
-    common = ("--text", str(tmp_path / "text.txt"), "--cache-dir", str(tmp_path / "cache"), "--threads", "1")
+    common = ("--cache-dir", str(tmp_path / "cache"), "--threads", "1", "--save")
 
-    def run(*arguments: str) -> list[dict[str, Any]]:
-        monkeypatch.setattr(sys, "argv", ["quality.py", *common, *arguments, "--save"])
+    def run(*arguments: str, text: str | None = "text.txt") -> list[dict[str, Any]]:
+        judge = () if text is None else ("--text", str(tmp_path / text))
+        monkeypatch.setattr(sys, "argv", ["quality.py", *judge, *common, *arguments])
         quality.main()
         return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
@@ -82,6 +84,7 @@ def test_every_row_of_the_tables_is_a_scheme() -> None:
 
     for method, settings in quality.TABLE_METHODS.items():
         assert Scheme(method=method, **settings).method == method
+    assert all(figures.keys() == quality.TABLE_METHODS.keys() for figures in quality.TABLES.values())
 
 
 def test_a_table_says_what_was_not_run(
@@ -108,6 +111,53 @@ def test_a_table_says_what_was_not_run(
 def test_a_table_without_weights_runs_nothing(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--table") == []
     assert all("not run: no --weights" in line for line in capsys.readouterr().out.splitlines()[1:])
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["--text", "WikiText-2"])
+def test_a_calibration_text_that_quotes_the_judge_is_refused(
+    run: Run, tmp_path: Path, given: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the model is kept, and was judged by another text before."""
+    import quality_subject
+
+    monkeypatch.setattr(quality_subject, "fetch_wikitext", lambda cache: tmp_path / "text.txt")
+    base = write_checkpoint(tmp_path / "weights" / "opt-1.3b", "opt", group_size=None)
+    (tmp_path / "other.txt").write_text("Some text without any relation to the one of before. " * 40)
+    (tmp_path / "calib.txt").write_text("Others say other things. " * 90 + TEXT)
+    asked = ("--windows", "1", "--method", "awq", "--group-size", "32", "--keep", str(tmp_path / "kept"))
+    asked = (*asked, "--set", "samples=1", "length=16", "--calibration", str(tmp_path / "calib.txt"))
+    rows = run("--model", str(base), *asked, text="other.txt")
+    assert [row["method"] for row in rows] == ["none", "awq"]
+    text = "text.txt" if given else None
+    with pytest.raises(SystemExit, match=r"calib\.txt and text\.txt share .* runs of ten words"):
+        run("--model", str(base), *asked, text=text)
+    capsys.readouterr()
+    assert run("--table", "--weights", str(tmp_path / "weights"), *asked, text=text) == rows
+    lines = capsys.readouterr().out.splitlines()[1:5]
+    assert all("not run: calib.txt and text.txt share" in line for line in lines)
+
+
+def test_a_folder_that_was_calibrated_on_the_judge_is_warned_of(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_checkpoint(tmp_path / "base", group_size=None)
+    scheme = Scheme(group_size=32, samples=1, length=64)
+    quantize(base, tmp_path / "quoting", scheme, calibration=str(tmp_path / "text.txt"))
+    run("--model", str(base), "--windows", "1", "--method", "--folder", str(tmp_path / "quoting"))
+    assert "warning: " in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_run_says_why_and_the_others_follow(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_checkpoint(tmp_path / "base", group_size=None)
+    asked = ("--windows", "1", "--method", "gptq", "rtn", "--group-size", "32")
+    (tmp_path / "short.txt").write_text("Too short.")
+    rows = run("--model", str(base), *asked, "--calibration", str(tmp_path / "short.txt"))
+    assert [row["method"] for row in rows] == ["none", "rtn"]
+    _, _, first, second = capsys.readouterr().out.splitlines()
+    assert first.split()[:4] == ["gptq", "32", "not", "run:"] and "too short" in first
+    assert second.startswith("rtn")
 
 
 def test_a_scheme_has_no_other_settings(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

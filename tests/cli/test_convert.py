@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 from nybble import cli
 from nybble_models.checkpoint import Checkpoint
 from nybble_models.loader import Loader
+from nybble_quantizers.pipeline import quantize
+from nybble_quantizers.scheme import preset
 from support_checkpoint import write_checkpoint
 
 
@@ -39,8 +43,10 @@ def test_a_checkpoint_is_converted_and_summed_up(folder: Path, capsys: pytest.Ca
         ("cut", ["--format", "awq"], "not a whole safetensors file"),
         ("other", ["--format", "awq"], "quantization method 'hqq' is not supported"),
         ("float", ["--format", "awq"], "no linear of it is quantized"),
+        ("FP8", ["--format", "gptq"], "q_proj: 8-bit floats need compressed-tensors"),
+        ("W8A8", ["--format", "awq"], "q_proj: rounded inputs need compressed-tensors"),
     ],
-    ids=["format", "output", "no folder", "no config", "cut", "method", "floats"],
+    ids=["format", "output", "no folder", "no config", "cut", "method", "floats", "FP8", "W8A8"],
 )
 def test_what_cannot_be_is_two_lines_and_leaves_nothing(
     folder: Path,
@@ -63,6 +69,12 @@ def test_what_cannot_be_is_two_lines_and_leaves_nothing(
         (folder / "config.json").write_text(json.dumps(changed))
     elif spoil == "float":
         write_checkpoint(folder, group_size=None)
+    elif spoil in ("FP8", "W8A8"):
+        write_checkpoint(folder, group_size=None)
+        scheme = replace(preset(spoil), method="rtn")
+        quantize(folder, folder.parent / "made", scheme)
+        shutil.rmtree(folder)
+        (folder.parent / "made").rename(folder)
     output = [] if "-o" in arguments else ["-o", "out"]
     assert cli.main(["convert", source, *output, *arguments]) == 2
     *_, first, second = capsys.readouterr().err.splitlines()

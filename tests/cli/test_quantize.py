@@ -11,8 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from nybble.cli import main
-from nybble.commands.quantize import in_bytes
+from nybble.commands.recipe import Recipe, in_bytes
 from nybble.errors import UsageError
+from nybble_quantizers.scheme import Scheme, preset
 from support_checkpoint import write_checkpoint
 
 SMALL = ["--group-size", "32", "--samples", "4", "--length", "24"]
@@ -112,7 +113,7 @@ def test_the_report_holds_the_command_and_not_where_the_program_lies(
 
 
 def test_classic_act_order(tmp_path: Path, source: Path) -> None:
-    flags = ["--method", "gptq", "--act-order", "--damp", "0.05", *SMALL]
+    flags = ["--method", "gptq", "--order", "desc_act", "--damp", "0.05", *SMALL]
     assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *flags]) == 0
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert settings["desc_act"] is True
@@ -122,6 +123,30 @@ def test_classic_act_order(tmp_path: Path, source: Path) -> None:
         row["damp"] for row in json.loads((tmp_path / "out" / "quant_report.json").read_text())["layers"]
     } == {0.05}
     assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize("order", ["columns", "none"])
+def test_orders_that_leave_no_trace(tmp_path: Path, source: Path, order: str) -> None:
+    """They choose other codes than the default, and no g_idx."""
+    written = []
+    for name, flags in (("default", []), ("other", ["--order", order])):
+        made = ["quantize", str(source), "-o", str(tmp_path / name), "--method", "gptq", *flags, *SMALL]
+        assert main(made) == 0
+        written.append(load_file(tmp_path / name / "model.safetensors"))
+    down = "model.layers.0.mlp.down_proj"
+    assert not (written[0][f"{down}.qweight"] == written[1][f"{down}.qweight"]).all()
+    assert f"{down}.g_idx" not in written[1]
+
+
+def test_the_nearest_on_searched_grids(tmp_path: Path, source: Path) -> None:
+    """In rows: a group of 32 normal numbers has no outlier that is worth cutting."""
+    errors = []
+    for name, flags in (("plain", []), ("searched", ["--mse"])):
+        made = ["quantize", str(source), "-o", str(tmp_path / f"q-{name}"), "--method", "rtn", *flags]
+        assert main([*made, "--bits", "3", "--group-size", "-1"]) == 0
+        report = json.loads((tmp_path / f"q-{name}" / "quant_report.json").read_text())
+        errors.append(sum(row["weight_error"] for row in report["layers"]))
+    assert errors[1] < 0.97 * errors[0]
 
 
 def test_the_best_quality(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,6 +171,22 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("recipe", "scheme"),
+    [
+        (Recipe(), Scheme()),
+        (Recipe(scheme="auto"), Scheme(target_bits=5.0)),
+        (Recipe(scheme="auto", target_bits=4.5), Scheme(target_bits=4.5)),
+        (Recipe(scheme="auto", target_size="80MB"), Scheme(target_bytes=80_000_000)),
+        (Recipe(method="smoothquant"), preset("W8A8")),
+        (Recipe(scheme="W4A16-g128", symmetric=True), Scheme(group_size=128, symmetric=True)),
+    ],
+    ids=["nothing said", "preset", "its target", "another target", "by method", "one flag"],
+)
+def test_what_is_not_said_is_the_presets(recipe: Recipe, scheme: Scheme) -> None:
+    assert preset(recipe.preset, **recipe.changes()) == scheme
+
+
+@pytest.mark.parametrize(
     ("flags", "complaint"),
     [
         (["--override", "*.down_proj"], "is not PATTERN=FORM"),
@@ -159,9 +200,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         (["--bits", "9"], "bits is 9"),
         (["--scheme", "W1A1"], "'W1A1' is unknown"),
         (["--alpha", "0.5"], "alpha is 0.5"),
-        (["--act-order"], "awq has no act-order"),
-        (["--act-order", "--method", "gptq", "--format", "awq"], "no act-order"),
+        (["--order", "desc_act"], "awq takes the inputs in no order"),
+        (["--order", "desc_act", "--method", "gptq", "--format", "awq"], "no act-order"),
         (["--quality", "best", "--method", "rtn"], "does not tune rtn"),
+        (["--mse"], "is round-to-nearest's"),
         (["--damp", "-1", "--method", "gptq"], "damp is -1"),
         (["--skip", "*.nothing"], "matches no linear"),
         (["--override", "*=4g48"], "cannot be w4g48"),
@@ -184,6 +226,7 @@ def test_what_is_no_size_is_refused(text: str) -> None:
             "order",
             "order format",
             "best",
+            "mse",
             "damp",
             "skip",
             "override",

@@ -63,9 +63,12 @@ def _bare(tokenizer: Tokenizer, tmp_path: Path) -> Tokenizer:
     return Tokenizer.load(path.parent)
 
 
-def test_an_empty_file_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_file_without_passages_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(UsageError, match="no passages"):
         passages(write(tmp_path / "l.jsonl"), tokenizer, 100, 0)
+    (tmp_path / "l.txt").write_text("the cat sat")
+    with pytest.raises(UsageError, match="no passages"):
+        passages(tmp_path / "l.txt", tokenizer, 100, 0)
 
 
 def test_right_is_every_token_of_the_word() -> None:

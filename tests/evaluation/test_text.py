@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from nybble.errors import UsageError
 from nybble.evaluation import wikitext
 from nybble.evaluation.text import check_vocabulary, join_rows, read_text, tokenizer_of, windows
+from nybble_models.errors import ModelError
 from support_engine import byte_tokenizer
 
 RAW = " \n = Title = \n \n One . \n Two . \n"
@@ -36,12 +38,15 @@ def test_a_file_is_read_by_its_ending(tmp_path: Path, name: str, content: str, t
     read = read_text(path)
     assert (read.name, read.text) == (name, text)
     assert read.sha256 == hashlib.sha256(content.encode()).hexdigest()
+    packed = tmp_path / f"{name}.gz"
+    packed.write_bytes(gzip.compress(content.encode()))
+    assert read_text(packed).text == text
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        pytest.param("a.txt", b"\xff\xfe", "not UTF-8", id="not text"),
+        pytest.param("a.txt", b"\xff\xfe", "cannot read", id="not text"),
         pytest.param("a.jsonl", b'{"words": 1}', ":1 has no", id="no text"),
         pytest.param("a.jsonl", b"[1]", ":1 has no", id="no object"),
         pytest.param("a.jsonl", b"{", ":1 has no", id="no JSON"),
@@ -50,12 +55,12 @@ def test_a_file_is_read_by_its_ending(tmp_path: Path, name: str, content: str, t
 def test_a_bad_file_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(ModelError, match=message):
         read_text(path)
 
 
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="No such file"):
+    with pytest.raises(ModelError, match="No such file"):
         read_text(tmp_path / "nothing.txt")
 
 
@@ -93,8 +98,14 @@ def archive(path: Path, content: bytes, member: str = wikitext.MEMBER) -> Path:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A hub that hands out whatever lies at the path."""
     path = tmp_path / "hub.zip"
+
+    def download(repo: str, file: str, repo_type: str, cache_dir: Path, local_files_only: bool) -> str:
+        asked = (repo, file, repo_type, cache_dir, local_files_only)
+        assert asked == (wikitext.REPOSITORY, wikitext.ARCHIVE, "dataset", tmp_path / "hub", False)
+        return str(path)
+
     monkeypatch.setattr(wikitext, "hub_answers", lambda: True)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(path))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     return path
 
 
@@ -122,6 +133,6 @@ def test_without_a_hub_the_line_says_how_to_give_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UsageError, match="cannot be reached") as caught:
+    with pytest.raises(ModelError, match="cannot be reached") as caught:
         wikitext.fetch_wikitext(tmp_path)
     assert "--text FILE" in (caught.value.hint or "")

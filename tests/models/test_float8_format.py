@@ -120,6 +120,30 @@ def test_blocks_are_read(structure: Any) -> None:
     assert activations_of(settings, {}) is None
 
 
+def test_square_blocks_are_written() -> None:
+    """A scale for every 16 rows and columns, short ones at the ends."""
+    values = weight(40, 72).values
+    scale = torch.rand(3, 5, generator=torch.Generator().manual_seed(2)).half()
+    form = Form(8, 16, True, "float", "group")
+    settings = said(form)
+    assert settings["weights"]["block_structure"] == [16, 16]
+    assert settings["weights"]["group_size"] is None
+    made = CODEC.decode({"weight": values, "weight_scale": scale}, settings)
+    stored = CONTAINER.encode(Linear(made), form)
+    assert torch.equal(stored["weight_scale"], scale)
+    assert torch.equal(CODEC.decode(stored, settings).dequantize(), made.dequantize())
+    assert settings["input_activations"]["group_size"] == 16 and settings["input_activations"]["dynamic"]
+    assert form.nbytes((40, 72)) == 40 * 72 + 2 * 15
+    assert form.label == "fp8-block"
+
+
+def test_blocks_that_are_no_squares_are_not_written() -> None:
+    made = weight(40, 80)
+    scales = torch.rand(40, 5)
+    with pytest.raises(ValueError, match="square block"):
+        CODEC.encode(Float8Tensor(made.values, scales, 16))
+
+
 @pytest.mark.parametrize("shape", [(1,), (), (24,)], ids=["[1]", "[]", "[N]"])
 def test_scales_come_in_several_shapes(shape: tuple[int, ...]) -> None:
     made = weight()
@@ -228,7 +252,7 @@ def test_floats_go_nowhere_else() -> None:
     with pytest.raises(ValueError, match="8-bit floats"):
         CODEC.encode(quantized(8, 16, 8, 16, "symmetric"))
     assert CODEC.fits((32, 32), FP8) is None
-    assert CODEC.fits((32, 32), Form(8, 16, True, "float"))
+    assert CODEC.fits((40, 24), Form(8, 16, True, "float")) is None
     assert CODEC.fits((32, 32), Form(8, CHANNEL, True))
 
 

@@ -12,6 +12,7 @@ from nybble_models.window import Window
 from nybble_quantizers import awq, clipping, rounding, rtn
 from nybble_quantizers.block import Finding, Scene, fold_block, merged, round_block
 from nybble_quantizers.calibrate import Inputs, Observation
+from nybble_quantizers.grids import Grid
 from nybble_quantizers.scheme import Scheme
 from support_tiny import CONFIGS, tiny_spec, tiny_weights
 
@@ -95,7 +96,7 @@ def test_clipping_never_loses_and_pays_with_one_outlier(symmetric: bool, columns
     gram = x.T @ x
     blocks = [gram[i : i + 32, i : i + 32] for i in range(0, columns, 32)]
 
-    def cost(levels: rtn.Grid) -> torch.Tensor:
+    def cost(levels: Grid) -> torch.Tensor:
         missed = (rtn.on_grid(weight, levels, 32, symmetric).dequantize() - weight).split(32, dim=1)
         return torch.stack([((m @ h) * m).sum(1) for m, h in zip(missed, blocks, strict=True)], dim=1)
 

@@ -23,7 +23,7 @@ from support_checkpoint import write_checkpoint
 SCHEMES = {
     "awq": Scheme(group_size=32),
     "gptq": Scheme(method="gptq", group_size=32),
-    "act-order": Scheme(method="gptq", group_size=32, act_order=True),
+    "act-order": Scheme(method="gptq", group_size=32, order="desc_act"),
     "awq+gptq, symmetric": Scheme(method="awq+gptq", group_size=32, symmetric=True),
     "W8A8": PRESETS["W8A8"],
     "W8A8-static": PRESETS["W8A8-static"],

@@ -67,7 +67,7 @@ def test_states_go_on_wherever_they_were_held(
     quantize(source, tmp_path / "whole", GPTQ, command="")
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "out", GPTQ, command="", memory=budgets[0], progress=stop_after(2))
-    (folder,) = tmp_path.glob(".out.partial-*/journal")
+    (folder,) = tmp_path.glob(".out.partial-*/.journal")
     kept = {f.name for f in folder.iterdir()} - {"calibration.safetensors"}
     assert kept == {"block-00000.safetensors", "block-00001.safetensors", "states-00001.safetensors"}
     quantize(source, tmp_path / "out", GPTQ, command="", memory=budgets[1])
@@ -138,7 +138,7 @@ def test_two_runs_do_not_write_the_same(tmp_path: Path) -> None:
 def test_a_journal_that_is_damaged_counts_as_not_written(tmp_path: Path, source: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "out", AWQ, command="", progress=stop_after(2))
-    (block,) = tmp_path.glob(".out.partial-*/journal/block-00001.safetensors")
+    (block,) = tmp_path.glob(".out.partial-*/.journal/block-00001.safetensors")
     block.write_bytes(block.read_bytes()[:-100])
     quantize(source, tmp_path / "out", AWQ, command="")
     quantize(source, tmp_path / "whole", AWQ, command="")

@@ -72,5 +72,5 @@ def test_a_run_that_goes_on_is_refused_too(tmp_path: Path) -> None:
         run(None, stop)
     with pytest.raises(ModelError, match="share 1 runs"):
         run(judge)
-    assert list(tmp_path.glob(".out.partial-*/journal/calibration.safetensors"))  # what is done is not lost
+    assert list(tmp_path.glob(".out.partial-*/.journal/calibration.safetensors"))  # what is done is not lost
     run(None)

@@ -85,7 +85,7 @@ def test_fewer_bits_cost_more_and_sixteen_nothing(tmp_path: Path) -> None:
     loader = tiny(tmp_path / "model", "opt")
     units = (*block_units(loader.spec), *end_units(loader.spec))
     for unit, of in measure(loader, TOKENS, dict.fromkeys(units, (None, FINE, COARSE))).items():
-        assert of[None] == 0 < of[FINE] < of[COARSE], unit.label
+        assert of[None] == 0 < of[FINE] < of[COARSE], unit
 
 
 def test_workers_in_inference_mode_find_the_same(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_a_run_that_ends_after_the_tuning_does_not_tune_again(
     quantize(source, tmp_path / "whole", BEST, command="")
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "out", BEST, command="", progress=stop)
-    monkeypatch.setattr("nybble_quantizers.pipeline.teach", None)
+    monkeypatch.setattr("nybble_quantizers.teaching.teach", None)
     quantize(source, tmp_path / "out", BEST, command="")
     whole, out = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("whole", "out"))
     assert whole == out

@@ -53,9 +53,11 @@ class Codec(Protocol):
         ...
 
 
-def form_of(weight: QuantizedTensor) -> Form:
+def form_of(weight: QuantizedTensor | Float8Tensor) -> Form:
     """What a weight is, apart from its numbers."""
     group = weight.group_size if weight.group_size < weight.in_features else CHANNEL
+    if isinstance(weight, Float8Tensor):
+        return Form(8, group, True, "float")
     return Form(weight.bits, group, weight.symmetric)
 
 

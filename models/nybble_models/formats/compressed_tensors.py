@@ -153,9 +153,8 @@ class FloatQuantizedCodec(_CompressedTensors):
     optional = ("input_scale",)
 
     def fits(self, shape: tuple[int, int], form: Form) -> str | None:
-        if form.kind == "float" and form.group_size > 0:
-            return "8-bit floats have one scale a row, or one for the whole matrix"
-        return super().fits(shape, form)
+        """Blocks may be short at the ends."""
+        return None if form.blocks else super().fits(shape, form)
 
     def decode(self, tensors: Mapping[str, Tensor], settings: Settings) -> Float8Tensor:
         _refuse_rotations(settings)
@@ -182,9 +181,20 @@ class FloatQuantizedCodec(_CompressedTensors):
         return Float8Tensor(values, rows.contiguous(), block[1])
 
     def encode(self, weight: Weight) -> dict[str, Tensor]:
-        if not isinstance(weight, Float8Tensor) or not weight.by_row:
-            raise ValueError(f"{self.format} holds 8-bit floats with one scale a row")
-        return {"weight": weight.values.contiguous(), "weight_scale": _exact(weight.scales)}
+        scales = scales_of_floats(weight) if isinstance(weight, Float8Tensor) else None
+        if not isinstance(weight, Float8Tensor) or scales is None:
+            raise ValueError(f"{self.format} holds 8-bit floats with one scale a row or square block")
+        return {"weight": weight.values.contiguous(), "weight_scale": _exact(scales)}
+
+
+def scales_of_floats(weight: Float8Tensor) -> Tensor | None:
+    """As stored: [N, 1] of rows, or [N / group size, K / group size]; None where blocks are no squares."""
+    if weight.by_row:
+        return weight.scales
+    size = weight.group_size
+    first = weight.scales[::size]
+    rows = first.repeat_interleave(size, dim=0)[: weight.out_features]
+    return first if torch.equal(rows, weight.scales) else None
 
 
 def _block(settings: Settings) -> tuple[int, int] | None:

@@ -50,22 +50,28 @@ def settings_of(forms: Mapping[str, Form | None]) -> dict[str, Any]:
 
 
 def _group(form: Form, targets: list[str]) -> dict[str, Any]:
-    strategy = {CHANNEL: "channel", TENSOR: "tensor"}.get(form.group_size, "group")
-    weights = {
+    strategy = {CHANNEL: "channel", TENSOR: "tensor"}.get(
+        form.group_size, "block" if form.blocks else "group"
+    )
+    weights: dict[str, Any] = {
         "num_bits": form.bits,
         "type": form.kind,
         "symmetric": form.symmetric,
         "strategy": strategy,
-        "group_size": form.group_size if form.group_size > 0 else None,
+        "group_size": form.group_size if strategy == "group" else None,
         "dynamic": False,
     }
+    if form.blocks:
+        weights["block_structure"] = [form.group_size, form.group_size]
     inputs = form.inputs and {
         "num_bits": 8,
         "type": form.kind,
         "symmetric": True,
         "strategy": form.inputs,
-        "dynamic": form.inputs == "token",
+        "dynamic": form.inputs != "tensor",
     }
+    if inputs and form.inputs == "group":
+        inputs["group_size"] = form.group_size
     return {
         "targets": targets,
         "weights": weights,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nybble_models.checkpoint import read_json
+from nybble_models.checkpoint import REPORT, read_json
 from nybble_models.errors import BrokenCheckpoint
 
 Json = Mapping[str, Any]
@@ -90,11 +90,11 @@ class Record:
 
 def read(folder: Path) -> Record:
     """Raises `BrokenCheckpoint` where there is no report, or one that is no JSON object."""
-    if not (folder / "quant_report.json").is_file():
+    if not (folder / REPORT).is_file():
         raise BrokenCheckpoint(
-            f"{folder} has no quant_report.json", hint="name folders that `nybble quantize` has written"
+            f"{folder} has no {REPORT}", hint="name folders that `nybble quantize` has written"
         )
-    report, config = read_json(folder / "quant_report.json"), read_json(folder / "config.json")
+    report, config = read_json(folder / REPORT), read_json(folder / "config.json")
     return record(folder.absolute().name, report, config)
 
 

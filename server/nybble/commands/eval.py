@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,18 +26,47 @@ if TYPE_CHECKING:
 NO_REFERENCE = "none"
 STANDARD_OUTPUT = "-"
 
-LABELS = {
-    "perplexity": "perplexity",
-    "reference_perplexity": "  of the reference",
-    "perplexity_ratio": "  ratio",
-    "kl_divergence": "KL divergence, nats a token",
-    "top1_agreement": "top-1 agreement",
-    "lambada_accuracy": "LAMBADA accuracy",
-    "reference_lambada_accuracy": "  of the reference",
-    "lambada_perplexity": "LAMBADA perplexity of a word",
-    "reference_lambada_perplexity": "  of the reference",
-}
-SHARES = ("top1_agreement", "lambada_accuracy", "reference_lambada_accuracy")
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is measured."""
+
+    text: Annotated[
+        Path | None, Parameter(help="wiki.test.raw, or a .txt or .jsonl; default: WikiText-2 from the hub")
+    ] = None
+    windows: Annotated[
+        int, Parameter(help="windows to measure, one of every so many; 0: all, as in papers")
+    ] = 12
+    length: Annotated[int | None, Parameter(help="tokens in a window (default 2048, or all positions)")] = (
+        None
+    )
+    lambada: Annotated[Path | None, Parameter(help=".jsonl of passages whose last word to guess")] = None
+    passages: Annotated[int, Parameter(help="passages to measure, one of every so many; 0: all")] = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Through:
+    """What it is measured through."""
+
+    engine: Annotated[
+        Literal["serve", "decode", "reference"],
+        Parameter(help="serve: as prompts are read; decode: as answers are made; reference: in float32"),
+    ] = "serve"
+    kernels: Annotated[str, Parameter(help="as for nybble serve")] = "auto"
+    head_bits: Annotated[int, Parameter(help="as for nybble serve")] = 8
+    device: Annotated[str, Parameter(help="as for nybble serve")] = "auto"
+    threads: Annotated[int, Parameter(help="as for nybble serve")] = 0
+    cache_dir: Annotated[str, Parameter(help="where fetched models are kept (default ~/.cache/nybble)")] = ""
+
+    def config(self, model: str) -> ServeConfig:
+        return ServeConfig(
+            model=model,
+            kernels=self.kernels,
+            head_bits=self.head_bits,
+            device=self.device,
+            threads=self.threads,
+            cache_dir=self.cache_dir,
+        )
 
 
 def eval(
@@ -50,26 +79,8 @@ def eval(
             help="the unquantized model, named likewise; default: what quant_report.json names; or none"
         ),
     ] = None,
-    text: Annotated[
-        Path | None, Parameter(help="wiki.test.raw, or a .txt or .jsonl; default: WikiText-2 from the hub")
-    ] = None,
-    windows: Annotated[
-        int, Parameter(help="windows to measure, one of every so many; 0: all, as in papers")
-    ] = 12,
-    length: Annotated[
-        int | None, Parameter(help="tokens in a window (default 2048, or all positions)")
-    ] = None,
-    lambada: Annotated[Path | None, Parameter(help=".jsonl of passages whose last word to guess")] = None,
-    passages: Annotated[int, Parameter(help="passages to measure, one of every so many; 0: all")] = 500,
-    engine: Annotated[
-        Literal["serve", "decode", "reference"],
-        Parameter(help="serve: as prompts are read; decode: as answers are made; reference: in float32"),
-    ] = "serve",
-    kernels: Annotated[str, Parameter(help="as for nybble serve")] = "auto",
-    head_bits: Annotated[int, Parameter(help="as for nybble serve")] = 8,
-    device: Annotated[str, Parameter(help="as for nybble serve")] = "auto",
-    threads: Annotated[int, Parameter(help="as for nybble serve")] = 0,
-    cache_dir: Annotated[str, Parameter(help="where fetched models are kept (default ~/.cache/nybble)")] = "",
+    asked: Annotated[Asked, Parameter(name="*")] = Asked(),
+    through: Annotated[Through, Parameter(name="*")] = Through(),
     json_: Annotated[
         Path | None,
         Parameter(name="--json", help="file for the result; - prints it", allow_leading_hyphen=True),
@@ -80,35 +91,53 @@ def eval(
     ] = False,
 ) -> None:
     """Measure perplexity, and KL divergence and top-1 agreement against the unquantized model."""
-    if min(windows, passages) < 0:
+    if min(asked.windows, asked.passages) < 0:
         raise UsageError("eval: numbers of windows and passages start at 0, which is all", hint="see --help")
     if json_ is not None and str(json_) != STANDARD_OUTPUT:
         check_place(json_)
     log.configure("warning")
-    from nybble.evaluation.evaluation import check_reference, evaluate, open_model, open_streamed
-    from nybble.evaluation.material import Choice, gather
-    from nybble.evaluation.wikitext import fetch_wikitext
+    from nybble.evaluation import table
     from nybble_models.hub import fetch
 
-    config = ServeConfig(
-        model=model, kernels=kernels, head_bits=head_bits, device=device, threads=threads, cache_dir=cache_dir
-    )
-    started = time.perf_counter()
+    config, started = through.config(model), time.perf_counter()
     with display() as shown:
         local = fetch(model, config.cache_path, lambda phase: shown.update(phase, 0.0))
         if record_:
             check_report(local)
         base = _base(local, reference, config)
-        file = text or fetch_wikitext(config.cache_path)
-        material = gather(local, Choice(file, windows, length, lambada, passages))
-        warn_of_overlap(local, file)
-        truth = None
-        if base is not None:
-            truth = open_streamed(base, config, "reference", shown.update)
-            check_reference(local, truth, material)
-        measured = open_model(engine, config, material, shown.update)
-        result = evaluate(measured, truth, material, shown.update)
+        record, estimates = _measured(local, base, asked, through, config, shown.update)
         shown.close()
+    record |= {"seconds": round(time.perf_counter() - started, 1), "machine": facts()}
+    if json_ is None or str(json_) != STANDARD_OUTPUT:
+        table.show(record, estimates)
+    if json_ is not None:
+        write(json_, record)
+    if record_:
+        put_down(local, record)
+
+
+def _measured(
+    local: Path,
+    base: Path | None,
+    asked: Asked,
+    through: Through,
+    config: ServeConfig,
+    tell: Callable[[str, float], None],
+) -> tuple[dict[str, Any], Mapping[str, Estimate]]:
+    """What is to be written, but for the time it took and the machine."""
+    from nybble.evaluation.evaluation import check_reference, evaluate, open_model, open_streamed
+    from nybble.evaluation.material import Choice, gather
+    from nybble.evaluation.wikitext import fetch_wikitext
+
+    file = asked.text or fetch_wikitext(config.cache_path)
+    material = gather(local, Choice(file, asked.windows, asked.length, asked.lambada, asked.passages))
+    warn_of_overlap(local, file)
+    truth = None
+    if base is not None:
+        truth = open_streamed(base, config, "reference", tell)
+        check_reference(local, truth, material)
+    measured = open_model(through.engine, config, material, tell)
+    result = evaluate(measured, truth, material, tell)
     record = {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": measured.describe(),
@@ -116,15 +145,8 @@ def eval(
         **material.describe(),
         "figures": result.figures(),
         "scores": [asdict(each) for each in result.scores],
-        "seconds": round(time.perf_counter() - started, 1),
-        "machine": facts(),
     }
-    if json_ is None or str(json_) != STANDARD_OUTPUT:
-        print_table(record, result.estimates)
-    if json_ is not None:
-        write(json_, record)
-    if record_:
-        put_down(local, record)
+    return record, result.estimates
 
 
 def _base(model: Path, reference: str | None, config: ServeConfig) -> Path | None:
@@ -149,11 +171,11 @@ def _base(model: Path, reference: str | None, config: ServeConfig) -> Path | Non
 
 def warn_of_overlap(model: Path, text: Path) -> None:
     """Say so where the model was calibrated on the text that is to judge it."""
-    from nybble_models.checkpoint import read_json
+    from nybble_models.checkpoint import REPORT, read_json
+    from nybble_models.documents import read_documents
     from nybble_quantizers import overlap
-    from nybble_quantizers.corpus import read_documents
 
-    report = model / "quant_report.json"
+    report = model / REPORT
     calibration = (read_json(report) if report.is_file() else {}).get("calibration") or {}
     prints = calibration.get("sketch") or ()
     found = (
@@ -168,8 +190,10 @@ def warn_of_overlap(model: Path, text: Path) -> None:
 
 def check_report(folder: Path) -> None:
     """Whether figures can be put down there. Raises `UsageError`."""
-    if not (folder / "quant_report.json").is_file():
-        raise UsageError(f"{folder}: no quant_report.json to record in", hint="`nybble quantize` writes one")
+    from nybble_models.checkpoint import REPORT
+
+    if not (folder / REPORT).is_file():
+        raise UsageError(f"{folder}: no {REPORT} to record in", hint="`nybble quantize` writes one")
 
 
 def put_down(folder: Path, record: Mapping[str, Any]) -> None:
@@ -187,60 +211,3 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
         print(text)
     else:
         path.write_text(text + "\n", encoding="utf-8")
-
-
-def facts_of(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What was measured, against what, on what."""
-    yield "model", str(record["model"]["path"])
-    yield "", _computed(record["model"])
-    if record["reference"]:
-        yield "reference", f"{record['reference']['path']}, float32"
-    text = record["text"]
-    taken = f"{text['windows']} of {text['windows_in_text']} windows of {text['length']} tokens"
-    yield "text", f"{text['name']}, {taken}"
-    if "lambada" in record:
-        yield "LAMBADA", f"{record['lambada']['name']}, {record['lambada']['passages']} passages"
-
-
-def figures_of(estimates: Mapping[str, Estimate]) -> Iterator[tuple[str, str, str]]:
-    """Every figure with its interval."""
-    for name in (each for each in LABELS if each in estimates):
-        estimate, form = estimates[name], _form(name)
-        between = "" if estimate.ends is None else " to ".join(map(form, estimate.ends))
-        yield LABELS[name], form(estimate.value), between
-
-
-def _form(name: str) -> Callable[[float], str]:
-    if name in SHARES:
-        return "{:.2%}".format
-    if name == "kl_divergence":
-        return "{:.5f}".format
-    return lambda value: f"{value:.4f}" if value < 1e6 else f"{value:.4g}"
-
-
-def _computed(model: Mapping[str, Any]) -> str:
-    """ "awq int4 g64 asymmetric, engine serve, cpu float32": what was measured, and how."""
-    kernels = model.get("kernels") or {}
-    how = kernels.get({"serve": "prefill", "decode": "decode"}.get(model["engine"], ""), model["dtype"])
-    return f"{model['quantization']}, engine {model['engine']}, {model['device']} {how}"
-
-
-def print_table(record: Mapping[str, Any], estimates: Mapping[str, Estimate]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    head = Table.grid(padding=(0, 2))
-    head.add_column(no_wrap=True)
-    head.add_column(overflow="fold")
-    for label, value in facts_of(record):
-        head.add_row(Text(label, style="dim"), Text(value))
-    console.print(head)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("", no_wrap=True)
-    table.add_column("", justify="right", no_wrap=True)
-    table.add_column("95 % interval", no_wrap=True)
-    for label, value, between in figures_of(estimates):
-        table.add_row(Text(label, style="dim"), value, between)
-    console.print(table)

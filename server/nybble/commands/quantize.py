@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from nybble import log
 from nybble.commands.dry_run import check as dry_run_of
+from nybble.commands.recipe import USUAL, Recipe, in_bytes
 from nybble.config import ServeConfig
 from nybble.errors import UsageError
 from nybble.progress import Display, display
@@ -21,7 +20,6 @@ from nybble.terminal import size
 
 if TYPE_CHECKING:
     from nybble_quantizers.report import QuantizeProgress, QuantReport
-    from nybble_quantizers.scheme import Scheme
 
 STAGES = {
     "calibrate": "calibrating",
@@ -30,7 +28,6 @@ STAGES = {
     "tune": "tuning",
     "write": "writing",
 }
-UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 def quantize(
@@ -38,55 +35,7 @@ def quantize(
     /,
     *,
     output: Annotated[Path, Parameter(name=("--output", "-o"), help="folder to write; it must not exist")],
-    scheme: Annotated[
-        str | None,
-        Parameter(help="W4A16 (default), W8A8, W8A8-static, FP8, FP8-static ...; flags change it"),
-    ] = None,
-    method: Annotated[
-        Literal["awq", "gptq", "awq+gptq", "rtn", "smoothquant", "smoothquant+gptq"] | None,
-        Parameter(help="how to choose the codes (default awq; smoothquant: W8A8)"),
-    ] = None,
-    bits: Annotated[int | None, Parameter(help="bits per weight (default 4)")] = None,
-    group_size: Annotated[
-        int | None,
-        Parameter(help="weights that share a scale (default 64); -1: a whole row, 0 (rtn): the whole matrix"),
-    ] = None,
-    symmetric: Annotated[
-        bool | None, Parameter(help="leave out zero points", negative="--asymmetric")
-    ] = None,
-    quality: Annotated[
-        Literal["fast", "best"],
-        Parameter(help="best: then tune levels, scales and norms by gradient, many times as long"),
-    ] = "fast",
-    steps: Annotated[int, Parameter(help="of --quality best")] = 100,
-    alpha: Annotated[
-        float | None, Parameter(help="how much of their range inputs pass to weights; else it is searched")
-    ] = None,
-    act_order: Annotated[
-        bool, Parameter(help="classic desc_act of GPTQ, which kernels must undo at run time", negative=())
-    ] = False,
-    damp: Annotated[float, Parameter(help="first damping of GPTQ; it rises by itself")] = 0.01,
-    format: Annotated[
-        Literal["auto", "awq", "gptq", "gptq_v2", "compressed-tensors"],
-        Parameter(help="of the output; auto: awq if it can hold the result, else compressed-tensors"),
-    ] = "auto",
-    override: Annotated[
-        tuple[str, ...],
-        Parameter(
-            help="other bits for some linears, as *.down_proj=8 or *.o_proj=4g32 or *=16",
-            negative=(),
-            consume_multiple=True,
-        ),
-    ] = (),
-    target_bits: Annotated[
-        float | None, Parameter(help="choose 3, 4, 8 or 16 bits for each linear, so many on average")
-    ] = None,
-    target_size: Annotated[
-        str | None, Parameter(help="the same for a size of the weights, as 80MB or 1.2GB")
-    ] = None,
-    embeddings: Annotated[
-        bool, Parameter(help="round the embedding and the head too, to 8 bits or as the target says")
-    ] = False,
+    recipe: Annotated[Recipe, Parameter(name="*")] = USUAL,
     calibration: Annotated[
         str | None,
         Parameter(help=".txt, .jsonl or hf:owner/data-set/file.jsonl; else text of the model itself"),
@@ -94,16 +43,6 @@ def quantize(
     evaluation: Annotated[
         Path | None, Parameter(help="text that will judge the result: no calibration text may quote it")
     ] = None,
-    samples: Annotated[int, Parameter(help="windows of text to calibrate on")] = 16,
-    length: Annotated[int, Parameter(help="tokens in a window")] = 256,
-    skip: Annotated[
-        tuple[str, ...],
-        Parameter(
-            help="linears to leave at 16 bits, as *.down_proj; wins over --override",
-            negative=(),
-            consume_multiple=True,
-        ),
-    ] = (),
     seed: Annotated[int, Parameter(help="same seed, same bytes")] = 0,
     memory: Annotated[
         str | None, Parameter(help="to keep to, as 8GiB; the text's states go to files where they do not fit")
@@ -122,24 +61,9 @@ def quantize(
     from nybble_quantizers.estimate import resident
     from nybble_quantizers.pipeline import foresee
     from nybble_quantizers.pipeline import quantize as write
+    from nybble_quantizers.scheme import preset
 
-    given = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric, "alpha": alpha}
-    wanted = scheme_of(
-        scheme,
-        given,
-        samples=samples,
-        length=length,
-        skip=skip,
-        format=format,
-        overrides=override,
-        target_bits=target_bits,
-        target_bytes=None if target_size is None else in_bytes(target_size),
-        ends=embeddings,
-        best=quality == "best",
-        steps=steps,
-        act_order=act_order,
-        damp=damp,
-    )
+    wanted = preset(recipe.preset, **recipe.changes())
     budget = available_memory() + resident() if memory is None else in_bytes(memory)
     with display() as shown:
         local = fetch(
@@ -163,28 +87,6 @@ def quantize(
         )
         shown.close()
     print(summary(output, report))
-
-
-def scheme_of(name: str | None, given: Mapping[str, Any], **rest: Any) -> Scheme:
-    """A preset with what was given over it. SmoothQuant without a preset means W8A8."""
-    from nybble_quantizers.scheme import preset
-
-    smooths = str(given["method"]).startswith("smoothquant")
-    changes = {flag: value for flag, value in given.items() if value is not None}
-    return preset(name or ("W8A8" if smooths else "W4A16"), **changes, **rest)
-
-
-def in_bytes(text: str) -> int:
-    """ "80MB", "1.2 GiB", "5e6" -> bytes."""
-    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*(|[kmg]i?)b?\s*", text.lower())
-    try:
-        return int(float(found[1]) * UNITS[found[2]]) if found else _no_size(text)
-    except ValueError:
-        return _no_size(text)
-
-
-def _no_size(text: str) -> int:
-    raise UsageError(f"{text!r} is not a size", hint="as 80MB, 1.2GB or 8GiB")
 
 
 class Steps:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nybble.prepare import quantized
-from nybble_models.checkpoint import read_json
+from nybble_models.checkpoint import REPORT, read_json
 from nybble_models.hub import DEFAULT, fetch, name_of
-
-REPORT = "quant_report.json"
 
 
 def find_base(model: Path, cache: Path) -> Path | None:

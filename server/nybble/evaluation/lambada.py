@@ -12,8 +12,8 @@ import torch
 from nybble.errors import CheckpointError, UsageError
 from nybble.evaluation.intervals import Estimate, grow, mean, share
 from nybble.evaluation.model import Model, Rows, Tell, Tokens
-from nybble.evaluation.text import documents
 from nybble.text.tokenizer import Tokenizer
+from nybble_models.documents import by_line, read_documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class Guess:
 def passages(path: Path, tokenizer: Tokenizer, length: int, count: int) -> list[Passage]:
     """`count` of the n passages of a .jsonl file, every (n // count)th from the first on (0: all).
 
-    Raises `UsageError`.
+    Raises `UsageError` and `ModelError`.
     """
-    texts = documents(path)
+    texts = read_documents(path) if by_line(path) else []
     if not texts:
         raise UsageError(f"{path} holds no passages", hint='each line is an object: {"text": "..."}')
     if 0 < count < len(texts):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from nybble.errors import UsageError
 from nybble.evaluation.model import Tokens
 from nybble.text.tokenizer import Tokenizer
+from nybble_models.documents import read_documents
 from nybble_models.formats import gguf_tokenizer
 from nybble_models.formats.gguf_header import read_header
 
@@ -30,36 +30,20 @@ class Text:
 
 
 def read_text(path: Path) -> Text:
-    """.raw: the rows of WikiText; .jsonl: the documents, a blank line between; else one document."""
-    raw = _bytes(path)
-    if path.suffix == ".jsonl":
-        text = "\n\n".join(documents(path, raw))
-    else:
-        text = _decoded(path, raw)
-        text = join_rows(text) if path.suffix == ".raw" else text
-    return Text(path.name, hashlib.sha256(raw).hexdigest(), text)
+    """.raw: the rows of WikiText; .jsonl: the documents, a blank line between; else one document.
+
+    Any of them as .gz too. Raises `ModelError` in one line.
+    """
+    text = "\n\n".join(read_documents(path))
+    if path.name.removesuffix(".gz").endswith(".raw"):
+        text = join_rows(text)
+    return Text(path.name, hashlib.sha256(path.read_bytes()).hexdigest(), text)
 
 
 def join_rows(text: str) -> str:
     """The rows of the raw WikiText split as the papers join them: blank lines are empty rows."""
     rows = text.split("\n")[:-1]
     return "\n\n".join(row + "\n" if row.strip() else "" for row in rows)
-
-
-def documents(path: Path, raw: bytes | None = None) -> list[str]:
-    """The "text" of every line of a .jsonl file."""
-    found = []
-    for number, line in enumerate(_decoded(path, _bytes(path) if raw is None else raw).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise UsageError(f'{path}:{number} has no "text"', hint='each line is an object: {"text": "..."}')
-        found.append(text)
-    return found
 
 
 def windows(ids: Sequence[int], length: int, count: int) -> list[Tokens]:
@@ -94,17 +78,3 @@ def check_vocabulary(ours: Tokenizer, theirs: Tokenizer, used: set[int], referen
                 f"{reference} has another vocabulary: token {token} is {other!r}, not {mine!r}",
                 hint="--reference names the model that was quantized",
             )
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}", hint="give a UTF-8 .raw, .txt or .jsonl file") from None
-
-
-def _decoded(path: Path, raw: bytes) -> str:
-    try:
-        return raw.decode("utf8").replace("\r\n", "\n")
-    except UnicodeDecodeError:
-        raise UsageError(f"{path}: not UTF-8 text", hint="give a UTF-8 .raw, .txt or .jsonl file") from None

@@ -1,0 +1,33 @@
+"""`Task`: one quantization as it was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nybble_models.errors import ModelError
+from nybble_quantizers.journal import fingerprint, key_of
+from nybble_quantizers.scheme import Scheme
+
+LAST_SEED = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """The arguments of `quantize` that decide what is done."""
+
+    source: Path
+    scheme: Scheme
+    calibration: str | None = None
+    evaluation: Path | None = None
+    seed: int = 0
+    memory: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= LAST_SEED:
+            raise ModelError(f"seed is {self.seed}", hint=f"give 0 to {LAST_SEED}")
+
+    @property
+    def key(self) -> str:
+        """The same task gives the same, whatever the memory: that changes no byte."""
+        return key_of(self.source, self.scheme, fingerprint(self.calibration), self.seed)
