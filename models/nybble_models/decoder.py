@@ -60,7 +60,8 @@ class Decoder:
         self.cos: Tensor | None = None
         self.sin: Tensor | None = None
         if spec.positions == "rotary":
-            self.cos, self.sin = rotary_table(spec, spec.max_positions)
+            device = weights.final_norm.weight.device
+            self.cos, self.sin = (t.to(device) for t in rotary_table(spec, spec.max_positions))
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """int64 [T] at positions [start, start + T) -> [T, D]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from nybble_kernels.quantized import QuantizedTensor, Table, dense, shape_of
@@ -16,6 +17,8 @@ from nybble_models.formats.config_groups import activations_of
 from nybble_models.formats.overrides import for_linear
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Linear, Norm, Weights
+
+CPU = torch.device("cpu")
 
 CODECS: dict[str, tuple[Codec, ...]] = {
     "awq": (awq.AwqCodec(),),
@@ -52,11 +55,13 @@ class Loader:
     """Reads one model part by part, so that a quantizer never holds more than a block.
 
     With `floats` every weight is a float matrix, whatever it is stored as: what is to be quantized anew.
+    Files are read and decoded on the CPU; what is returned lies on `device`.
     """
 
-    def __init__(self, source: Source, *, floats: bool = False) -> None:
+    def __init__(self, source: Source, *, floats: bool = False, device: torch.device = CPU) -> None:
         self.source = source
         self.floats = floats
+        self.device = device
         self.spec: ModelSpec = spec_of(source.config)
         self.family: Family = family_of(source.config)
         self.settings: Mapping[str, Any] = source.config.get("quantization_config") or {}
@@ -134,7 +139,7 @@ class Loader:
             _check(name, shape_of(linear.weight), shape)
         if self.floats:
             linear = Linear(linear.weight if isinstance(linear.weight, Tensor) else dense(linear.weight))
-        linear.bias = self.source.tensor(f"{name}.bias") if biased else None
+        linear.bias = self._tensor(f"{name}.bias") if biased else None
         return linear
 
     def _decoded(self, name: str, codec: Codec) -> Linear:
@@ -148,14 +153,12 @@ class Loader:
         if not bool(weight.scales.isfinite().all()):
             scales = next(n for n in codec.names if "scale" in n)
             raise BrokenCheckpoint(f"{name}.{scales} holds NaN or infinity", hint="quantize the model again")
-        return Linear(weight, inputs=inputs)
+        return Linear(weight.to(self.device), inputs=inputs)
 
     def _norm(self, name: str) -> Norm:
         bias = f"{name}.bias"
-        weight = self.source.tensor(f"{name}.weight")
-        return Norm(
-            weight, self.source.tensor(bias) if self.spec.norm == "layer" and bias in self.source else None
-        )
+        biased = self.spec.norm == "layer" and bias in self.source
+        return Norm(self._tensor(f"{name}.weight"), self._tensor(bias) if biased else None)
 
     def _stored(self, name: str, shape: tuple[int, int]) -> Table:
         """A matrix of one tensor: levels, or numbers."""
@@ -163,12 +166,15 @@ class Loader:
         if weight is None:
             return self._shaped(name, shape)
         _check(name, weight.shape, shape)
-        return weight
+        return weight.to(self.device)
 
     def _shaped(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self.source.tensor(name)
+        tensor = self._tensor(name)
         _check(name, tuple(tensor.shape), shape)
         return tensor
+
+    def _tensor(self, name: str) -> Tensor:
+        return self.source.tensor(name).to(self.device)
 
 
 def _check(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
@@ -37,13 +38,15 @@ def build_program(
     in the form it is to be kept; where the model ties it to the embedding, the embedding is read from it too.
     """
     chosen = choose(isa)
-    run = compiled_step(progress)
-    arena = Arena(_reserve(weights, head))
-    writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, max_batch), kv)
-    embedding = writer.write(head)
-    limits = Limits(spec.vocab_size, spec.max_positions, lambda position: _kv_bytes(spec, position))
+    with ThreadPoolExecutor(1, "compile") as aside:  # while the kernels compile as their formats are met
+        run = aside.submit(compiled_step, progress)
+        arena = Arena(_reserve(weights, head))
+        writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, max_batch), kv)
+        embedding = writer.write(head)
+        limits = Limits(spec.vocab_size, spec.max_positions, lambda position: _kv_bytes(spec, position))
+        step = run.result()
     return DecodeProgram(
-        writer.builder, run, kv, writer.linears, embedding, spec.hidden_size, limits, max(1, threads)
+        writer.builder, step, kv, writer.linears, embedding, spec.hidden_size, limits, max(1, threads)
     )
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +31,17 @@ PATIENCE = 1.0  # seconds between two looks whether another process is done
 TOKENIZER_BYTES = 64 << 20  # a tokenizer.json of a quarter of a million pieces takes half of that
 
 
-def prepare(config: ServeConfig, progress: Progress) -> tuple[Path, Path]:
+def prepare(config: ServeConfig, progress: Progress, widths: tuple[int, ...] = ()) -> tuple[Path, Path]:
     """The folder or GGUF file to serve, and the folder with its tokenizer: the same, but for a GGUF file.
 
+    widths: bits that the kernels read as so many, for a scheme that chooses; none given: the scheme's own.
     Raises `UsageError` and the floors' own errors.
     """
     source = fetch(config.model, config.cache_path, lambda text: progress(text, 0.0))
     if config.quantization == "none" or (source.is_dir() and quantized(source)):
         return source, source if source.is_dir() else _tokenizer_of(source, config)
-    scheme = scheme_of(config)
-    name = f"{name_of(config.model)}-{scheme.label}-{_key(source, config)}"
+    scheme = scheme_of(config, widths)
+    name = f"{name_of(config.model)}-{scheme.label}-{_key(source, config, scheme)}"
     target = config.cache_path / "models" / name
     if not target.exists():
         with _alone(target, progress):
@@ -53,8 +55,13 @@ def quantized(directory: Path) -> bool:
     return bool(read_config(directory).get("quantization_config"))
 
 
-def scheme_of(config: ServeConfig) -> Scheme:
-    """How an unquantized model is quantized before it is served."""
+def scheme_of(config: ServeConfig, widths: tuple[int, ...] = ()) -> Scheme:
+    """How an unquantized model is quantized before it is served. widths: see `prepare`."""
+    scheme = _named(config)
+    return replace(scheme, widths=widths) if widths and scheme.mixes else scheme
+
+
+def _named(config: ServeConfig) -> Scheme:
     from nybble_quantizers.scheme import preset
 
     chosen = {"bits": config.bits, "group_size": config.group_size, "target_bits": config.target_bits}
@@ -117,8 +124,8 @@ def _tokenizer_of(source: Path, config: ServeConfig) -> Path:
     return target
 
 
-def _key(source: Path, config: ServeConfig) -> str:
-    """Changes when a file of the source, the calibration text or the quantizer does."""
+def _key(source: Path, config: ServeConfig, scheme: Scheme) -> str:
+    """Changes when a file of the source, the calibration text, the scheme or the quantizer does."""
     from nybble_quantizers.journal import fingerprint, key_of
 
-    return key_of(source, fingerprint(config.calibration), nybble.__version__)[:8]
+    return key_of(source, fingerprint(config.calibration), repr(scheme), nybble.__version__)[:8]

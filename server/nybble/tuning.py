@@ -30,7 +30,7 @@ def tune_model(
     """Cuts for this GPU, those it had before included, saved after every product."""
     if device_of(config) is not gpu:
         raise UsageError("tune: PyTorch finds no GPU", hint="run it on the machine that serves")
-    source, _ = prepare(config, lambda phase, part: None)
+    source, _ = prepare(config, lambda phase, part: None, gpu.WIDTHS)
     settings = gpu.settings_of(config, Loader(open_source(source)))
     device, processors = gpu.device_name(settings.device), settings.tuning.processors
     cuts = dict(settings.tuning.cuts)

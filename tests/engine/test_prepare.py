@@ -89,3 +89,10 @@ def test_another_text_or_tokenizer_is_another_folder(tmp_path: Path, monkeypatch
 )
 def test_settings_are_a_scheme(settings: dict[str, Any], label: str) -> None:
     assert scheme_of(ServeConfig(**settings)).label == label
+
+
+def test_a_target_chooses_among_the_widths_that_the_kernels_read() -> None:
+    assert scheme_of(ServeConfig(), (4, 8)).widths == (4, 8)
+    assert scheme_of(ServeConfig(target_bits=4.5, quantization="gptq"), (4, 8)).widths == (4, 8)
+    assert scheme_of(ServeConfig(bits=4), (4, 8)) == scheme_of(ServeConfig(bits=4))
+    assert scheme_of(ServeConfig()).widths == (3, 4, 5, 6, 8)

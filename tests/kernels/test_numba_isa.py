@@ -11,12 +11,12 @@ import pytest
 
 from nybble_kernels.numba import compiled
 from nybble_kernels.numba.compiled import cache_folder
-from nybble_kernels.numba.isa import AVX2, AVX512_VNNI, AVX_VNNI, PLAIN, Isa, choose
+from nybble_kernels.numba.isa import AVX2, AVX512_VNNI, AVX_VNNI, NEON, PLAIN, Isa, choose
 from nybble_kernels.numba.layout import Format
 from nybble_kernels.numba.machine import Target, assembly
 
 FORMS = Format(4, half=True, minimum=False), Format(6, half=False, minimum=False), Format(8, False, True)
-X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+X86, ARM, MACOS = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu", "arm64-apple-macosx"
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,11 @@ X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
         (AVX_VNNI, "alderlake", X86, ("vpdpbusd", "ymm"), ("zmm", "vpmaddubsw")),
         (AVX2, "haswell", X86, ("vpmaddubsw", "vcvtph2ps"), ("zmm", "vpdpbusd")),
         (PLAIN, "x86-64", X86, ("pmaddwd",), ("ymm", "pmaddubsw")),
-        (PLAIN, "neoverse-n1", ARM, ("fmla",), ("ymm",)),
+        (NEON, "neoverse-n1", ARM, ("sdot", "fcvtl", "fmla"), ("ymm",)),
+        (NEON, "apple-m1", MACOS, ("sdot",), ("ymm",)),
+        (PLAIN, "cortex-a72", ARM, ("fmla",), ("sdot",)),
     ],
-    ids=["avx512vnni", "avxvnni", "avx2", "plain x86", "plain arm"],
+    ids=["avx512vnni", "avxvnni", "avx2", "plain x86", "neon", "neon macos", "plain arm"],
 )
 def test_it_compiles_for_its_processors(
     isa: Isa, cpu: str, triple: str, present: tuple[str, ...], absent: tuple[str, ...]

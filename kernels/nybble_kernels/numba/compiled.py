@@ -24,7 +24,7 @@ Progress = Callable[[str], None]
 Run = Callable[[int, int, int, int, int, int], None]
 """`run(pool, frame, program, rows, workers, number)`, without the GIL."""
 
-_LOCK = threading.RLock()
+_STEP_LOCK, _KERNELS_LOCK = threading.Lock(), threading.Lock()
 
 
 @lru_cache(maxsize=1)
@@ -53,14 +53,14 @@ def _version() -> str:
 
 
 def compiled_step(progress: Progress | None = None) -> Run:
-    with _LOCK:
+    with _STEP_LOCK:
         if progress:
             progress("loading the decode step (compiled on the first start)")
         return _step()
 
 
 def kernels(isa: Isa, progress: Progress | None = None) -> Kernels:
-    with _LOCK:
+    with _KERNELS_LOCK:
         if progress:
             progress(f"loading the {isa.name} kernels (compiled on the first start)")
         return _kernels(isa)

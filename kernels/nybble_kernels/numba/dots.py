@@ -14,7 +14,7 @@ from typing import Any
 from llvmlite import ir
 
 from nybble_kernels.numba.emit import I8, I16, I32, Emitter, filled, vector
-from nybble_kernels.numba.isa import AVX2, AVX512_VNNI, AVX_VNNI, PLAIN, Isa
+from nybble_kernels.numba.isa import AVX2, AVX512_VNNI, AVX_VNNI, NEON, PLAIN, Isa
 
 Dot = Callable[[Emitter, int, Sequence[Any], Sequence[Any], Any], Any]
 """dot(emitter, bits, weights, activations, activation_sum) -> i32 lanes. The sum is an i32 scalar."""
@@ -75,6 +75,16 @@ def _vnni(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[A
     return result
 
 
+def _neon(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[Any], total: Any) -> Any:
+    """sdot: four products of signed bytes, added to 32 bits; codes of up to 7 bits are positive as such."""
+    words = weights[0].type
+    result = filled(words, 0)
+    for weight, activation in zip(weights, activations, strict=True):
+        w, a = (e.b.bitcast(v, vector(I8, 4 * words.count)) for v in (weight, activation))
+        result = e.call("llvm.aarch64.neon.sdot.v4i32.v16i8", words, result, w, a)
+    return result
+
+
 I1_FALSE = ir.Constant(ir.IntType(1), 0)
 
-DOTS: dict[Isa, Dot] = {PLAIN: _plain, AVX2: _avx2, AVX_VNNI: _vnni, AVX512_VNNI: _vnni}
+DOTS: dict[Isa, Dot] = {PLAIN: _plain, AVX2: _avx2, AVX_VNNI: _vnni, AVX512_VNNI: _vnni, NEON: _neon}

@@ -24,8 +24,9 @@ PLAIN = Isa("plain", 8)
 AVX2 = Isa("avx2", 8, ("avx2", "fma", "f16c"))
 AVX_VNNI = Isa("avxvnni", 8, ("avx2", "fma", "f16c", "avxvnni"))
 AVX512_VNNI = Isa("avx512vnni", 16, ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vnni"))
+NEON = Isa("neon", 4, ("neon", "dotprod"))
 
-BEST_FIRST = (AVX512_VNNI, AVX_VNNI, AVX2, PLAIN)
+BEST_FIRST = (AVX512_VNNI, AVX_VNNI, AVX2, NEON, PLAIN)
 
 
 def host_features() -> dict[str, bool]:

@@ -49,7 +49,7 @@ def build_runner(config: ServeConfig, progress: Progress) -> tuple[EngineInfo, R
     """What an engine drives, and what there is to say about it. Raises as `build_engine` does."""
     device = device_of(config)
     timer = Timer(progress)
-    source, directory = timer("prepare", lambda: prepare(config, progress))
+    source, directory = timer("prepare", lambda: prepare(config, progress, device.WIDTHS))
     loader = Loader(open_source(source))
     tell_types(loader)
     planned = _plan(config, loader, device)

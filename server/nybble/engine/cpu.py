@@ -20,6 +20,7 @@ from nybble_models.prefill import Prefill, Step
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Weights
 
+WIDTHS = (3, 4, 5, 6, 8)  # of weights that are worth choosing: a step reads each in so many bits
 HEAD_GROUP = 32  # inputs that share a scale in an 8-bit head
 
 memory = available_memory

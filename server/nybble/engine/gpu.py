@@ -25,6 +25,7 @@ from nybble_models.triton_memory import Cache, Sizes
 from nybble_models.triton_step import Settings, TritonStep
 from nybble_models.weights import Block, Weights
 
+WIDTHS = (4, 8)  # of weights that are worth choosing: what lies between is read as 8
 HEADROOM = 0.92  # of the free memory: the rest is for the allocator, graphs and compiled kernels
 PROBE_BYTES = 1 << 30
 PASSES = 9
