@@ -1,4 +1,4 @@
-"""Part 1: the tests of the kernels and of a whole decode step, compiled and on the device.
+"""Part 1: the tests of the kernels, of a whole decode step and of the quantizers, compiled and on the device.
 
     python benchmarks/gpu/correctness.py          exit status 1: wrong, 3: something is missing, 4: cut off
 
@@ -17,6 +17,8 @@ import paths
 from part import Part, begin, missing, parser
 
 TESTS = ("tests/kernels/triton", "tests/models/test_triton*.py", "tests/engine/test_gpu.py")
+QUANTIZERS = "tests/quantizers/test_device.py::test_a_gpu_makes_what_the_cpu_makes"
+QUANTIZERS_NEED = ("safetensors", "tokenizers", "yaml")
 WORKERS = 12  # compiling is the processor's work
 TAIL = 30  # lines of the log that are shown
 
@@ -32,7 +34,8 @@ def command(part: Part) -> list[str]:
             found += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
         if not missing("pytest_timeout"):
             found += ["--timeout", "90"]
-    return found + [str(path) for pattern in TESTS for path in sorted(paths.ROOT.glob(pattern))]
+    found += [str(path) for pattern in TESTS for path in sorted(paths.ROOT.glob(pattern))]
+    return found if missing(*QUANTIZERS_NEED) else [*found, str(paths.ROOT / QUANTIZERS)]
 
 
 def environment(part: Part) -> dict[str, str]:
@@ -76,6 +79,8 @@ def main() -> int:
     if not (paths.ROOT / TESTS[0]).is_dir():
         part.lacks("correctness", f"no {TESTS[0]}")
         return 3
+    if absent := missing(*QUANTIZERS_NEED):
+        part.say(f"the quantizers are left out: {', '.join(absent)} not installed")
     return run(part)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from torch import Tensor
 from nybble_kernels.quantized import dense
 from nybble_models.checkpoint import write_json
 from nybble_models.decoder import Decoder
+from nybble_models.errors import ModelError
 from nybble_models.loader import Loader
 from nybble_models.weights import Block, Weights
 from nybble_models.window import Window
+from nybble_quantizers.tokenizing import load_tokenizer
 from nybble_quantizers.windows import Windows
+
+log = logging.getLogger("nybble.quantize")
 
 FILE = "canary.json"
 LENGTH = 32  # tokens of a prompt that are compared
@@ -39,6 +44,15 @@ PROMPTS = (
     "etwas Geduld.",
     '{"name": "kettle", "price": 24.5, "tags": ["kitchen", "steel"], "in_stock": true, "ratings": [5, 4, 5]}',
 )
+
+
+def canary_of(loader: Loader, source: Path) -> Canary | None:
+    """None for a model without a tokenizer: nobody could send it a prompt."""
+    try:
+        return Canary(loader, load_tokenizer(source))
+    except ModelError as error:
+        log.warning("no canary is written: %s", error)
+        return None
 
 
 class Canary:
@@ -68,7 +82,7 @@ class Canary:
         return {f"canary.{i}": Windows(state[None]) for i, state in enumerate(self.states)}
 
     def restore(self, kept: Mapping[str, Windows]) -> None:
-        self.states = [kept[f"canary.{i}"][0] for i in range(len(self.prompts))]
+        self.states = [kept[f"canary.{i}"][0].to(self.loader.device) for i in range(len(self.prompts))]
 
     def write(self, folder: Path) -> None:
         """After the last block: token ids, and the likeliest next tokens of each, with natural logarithms."""

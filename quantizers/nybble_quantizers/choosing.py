@@ -24,7 +24,6 @@ from nybble_quantizers.workers import Map, in_turn
 
 log = logging.getLogger("nybble.quantize")
 
-WIDTHS = (3, 4, 5, 6)  # with the scheme's groups; and 8 bits, and 16: what a target chooses from
 GROUPS = (32, 16, CHANNEL)  # where inputs are no multiple of the scheme's group
 WINDOWS = 4  # more choose no better: on SmolLM2-135M the sums of eight and of four agree within 1 %
 END_WIDTHS = (4, 6, 8)  # of an embedding or a head: a level of 3 bits in a row of a vocabulary is noise
@@ -123,7 +122,7 @@ def _menus(
         if _skipped(unit, scheme, family):
             menus[unit] = [None]
         else:
-            menus[unit] = [form] if unit in named else _menu(unit, spec, scheme.container, form)
+            menus[unit] = [form] if unit in named else _menu(unit, spec, scheme, form)
     return menus
 
 
@@ -145,9 +144,10 @@ def _budget(scheme: Scheme, spec: ModelSpec, units: Sequence[Unit]) -> int:
     return mixed.byte_budget(scheme.target_bits or 16, spec, units)
 
 
-def _menu(unit: Unit, spec: ModelSpec, container: Container, form: Form | None) -> list[Form | None]:
-    """Forms that the container can hold, and 16 bits."""
-    widths = WIDTHS if unit.layer is not None else END_WIDTHS
-    forms = [replace(form or Form(), bits=bits) for bits in widths]
-    forms += [EIGHT] if unit.layer is not None else []
-    return [f for f in forms if _unfit(unit, f, container, spec) is None] + [None]
+def _menu(unit: Unit, spec: ModelSpec, scheme: Scheme, form: Form | None) -> list[Form | None]:
+    """Forms that the container can hold, and 16 bits: of a linear, 8 bits with a scale a row."""
+    if unit.layer is None:
+        forms = [replace(form or Form(), bits=bits) for bits in END_WIDTHS]
+    else:
+        forms = [EIGHT if bits == 8 else replace(form or Form(), bits=bits) for bits in scheme.widths]
+    return [f for f in forms if _unfit(unit, f, scheme.container, spec) is None] + [None]

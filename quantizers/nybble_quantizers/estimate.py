@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from nybble_models.errors import ModelError
+from nybble_models.loader import CPU
 from nybble_models.spec import ModelSpec
 from nybble_quantizers.gptq import ROWS
 from nybble_quantizers.output import SHARD_BYTES
@@ -86,10 +87,11 @@ def estimate(
     given: bool,
     budget: int | None,
     rate: float = 0.0,
+    device: torch.device = CPU,
 ) -> Estimate:
     """`given`: the calibration text is a file · budget: bytes, None for no limit · rate: see `measured_rate`;
-    0 leaves the times out."""
-    work = _Work(spec, scheme, given, selection.nbytes)
+    0 leaves the times out · device: whose memory it is about."""
+    work = _Work(spec, scheme, given, selection.nbytes, device)
     stages = work.stages(spilled=False)
     spilled = budget is not None and max(sum(parts.values()) for parts in stages.values()) > budget
     if spilled:
@@ -116,12 +118,15 @@ def estimate(
 class _Work:
     """Counts of one run. Sizes are in numbers, not bytes, unless they say so."""
 
-    def __init__(self, spec: ModelSpec, scheme: Scheme, given: bool, written: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, scheme: Scheme, given: bool, written: int, device: torch.device
+    ) -> None:
         self.spec = spec
         self.written = written
         self.scheme = scheme
         self.given = given
-        self.threads = torch.get_num_threads()
+        self.threads = torch.get_num_threads() if device == CPU else 1
+        self.program = WARM + (resident() if device == CPU else 0)
         self.shapes = {p: spec.shape(p) for p in spec.projections}
         self.block = sum(math.prod(shape) for shape in self.shapes.values())
         self.wide = max(inputs for _, inputs in self.shapes.values())
@@ -143,8 +148,7 @@ class _Work:
             found["choose"] = self._choose()
         if self.scheme.best:
             found["tune"] = self._tune()
-        program = resident() + WARM
-        return {name: {"the program": program} | parts for name, parts in found.items()}
+        return {name: {"the program": self.program} | parts for name, parts in found.items()}
 
     def _quantize(self, spilled: bool) -> dict[str, int]:
         scheme, largest = self.scheme, max(map(math.prod, self.shapes.values()))

@@ -33,7 +33,7 @@ def scales_of(weight: Tensor, group_size: int) -> Tensor:
         largest = largest.amax().expand_as(largest)
     exact = (largest / LARGEST).clamp(min=SMALLEST)
     half = exact.to(torch.float16)
-    above = torch.nextafter(half, torch.full_like(half, torch.inf))
+    above = (half.view(torch.int16) + 1).view(torch.float16)  # the next one up: they are positive
     return torch.where(half.float() < exact, above, half).float()
 
 
@@ -54,7 +54,7 @@ def compensated(weight: Tensor, factor: Factor, group_size: int) -> Float8Tensor
     """GPTQ's rounding to 8-bit floats: minimises what `gptq` does, under the scales of `quantize`."""
     scales, order, upper = scales_of(weight.float(), group_size), factor.order, factor.upper
     steps, work = scales[:, 0], weight.float().T[order]  # [K, N], changed from here on
-    values = torch.empty(work.shape, dtype=torch.uint8)
+    values = torch.empty_like(work, dtype=torch.uint8)
     for first in range(0, len(order), BLOCK):
         last = min(first + BLOCK, len(order))
         errors = torch.empty_like(work[first:last])

@@ -20,10 +20,10 @@ TOGETHER = 8  # sequences in lockstep: the work of one core, the same whatever t
 class Lockstep:
     """Keys and values of B sequences that grow together; every step is one token of each."""
 
-    def __init__(self, spec: ModelSpec, sequences: int, length: int) -> None:
+    def __init__(self, spec: ModelSpec, sequences: int, length: int, device: torch.device) -> None:
         shape = (spec.num_layers, sequences, length, spec.num_kv_heads, spec.head_dim)
         self.scale = spec.attention_scale
-        self.keys, self.values = torch.zeros(shape), torch.zeros(shape)
+        self.keys, self.values = (torch.zeros(shape, device=device) for _ in range(2))
         self.position = 0
         self.start = 0  # the decoder's rotary table holds one row for each sequence, see `_at`
 
@@ -81,7 +81,7 @@ class _Sentences:
     ) -> None:
         self.decoder = Decoder(spec, weights)
         self.angles = self.decoder.cos, self.decoder.sin
-        self.cache = Lockstep(spec, count, length)
+        self.cache = Lockstep(spec, count, length, weights.embed.device)
         self.generator = generator
         self.tokens = torch.empty(count, length, dtype=torch.int64)
         self.tokens[:, 0] = torch.randint(spec.vocab_size, (count,), generator=generator)
@@ -94,7 +94,7 @@ class _Sentences:
         x = _embed(decoder, self.tokens[:, position], position)
         for layer in range(decoder.spec.num_layers):
             x = decoder.block(layer, x, self.cache)
-        self.tokens[:, position + 1] = _draw(decoder.logits(x), self.generator)
+        self.tokens[:, position + 1] = _draw(decoder.logits(x).cpu(), self.generator)
 
 
 def _draw(logits: Tensor, generator: torch.Generator) -> Tensor:

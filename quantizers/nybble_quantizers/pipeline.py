@@ -13,37 +13,30 @@ from nybble_models.checkpoint import Checkpoint
 from nybble_models.documents import read_documents
 from nybble_models.errors import ModelError
 from nybble_models.hub import open_source
-from nybble_models.loader import Loader
+from nybble_models.loader import CPU, Loader
 from nybble_models.weights import Block
 from nybble_quantizers import papers, teaching
 from nybble_quantizers.assembly import assemble, config_of
 from nybble_quantizers.block import Finding
 from nybble_quantizers.calibrate import Calibration, refuse_overlap
-from nybble_quantizers.canary import Canary
+from nybble_quantizers.canary import Canary, canary_of
 from nybble_quantizers.choosing import choose, said
 from nybble_quantizers.corpus import locate
+from nybble_quantizers.device import Name, device_named, facts, moved, too_small, working_on
 from nybble_quantizers.estimate import Estimate, estimate, measured_rate
 from nybble_quantizers.folding import float_weight
 from nybble_quantizers.journal import Journal
 from nybble_quantizers.origin import origin
 from nybble_quantizers.output import JOURNAL, appearing
-from nybble_quantizers.report import (
-    LayerReport,
-    Listener,
-    QuantizeProgress,
-    QuantReport,
-    layer_report,
-    versions,
-)
+from nybble_quantizers.report import Listener, QuantizeProgress, QuantReport, block_reports, versions
 from nybble_quantizers.rounding import naming, nearest_block
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.selection import Selection, select
 from nybble_quantizers.stream import Stream, calibration_for, read_block
 from nybble_quantizers.task import Task
-from nybble_quantizers.tokenizing import load_tokenizer
 from nybble_quantizers.units import by_name
-from nybble_quantizers.windows import in_memory, spilled_to
-from nybble_quantizers.workers import Map, side_by_side
+from nybble_quantizers.windows import held_on, spilled_to
+from nybble_quantizers.workers import Map
 from nybble_quantizers.writer import ModelWriter
 
 log = logging.getLogger("nybble.quantize")
@@ -61,14 +54,16 @@ def quantize(
     progress: Listener | None = None,
     command: str = "",
     memory: int | None = None,
+    device: Name = "cpu",
 ) -> QuantReport:
     """Write `source` (a folder or a .gguf file), quantized by `scheme`, as the new folder `out`.
 
     Without a calibration file the model writes its own text; one that shares runs of words with the file
     `evaluation` is refused. The same arguments make the same bytes, also where a run was killed and the same
     arguments are given again: finished blocks are kept beside `out`. `memory` bytes are kept to, by what is
-    estimated: the text's states go to files where they do not fit, which changes no byte. Raises `ModelError`
-    in one line, and then nothing is left behind, but for what is finished where the disk is full.
+    estimated: the text's states go to files where they do not fit, which changes no byte. Another `device`
+    makes other last bits, and `memory` is the GPU's there. Raises `ModelError` in one line, and then nothing
+    is left behind, but for what is finished where the disk is full.
     """
     task = Task(
         source=Path(source),
@@ -77,21 +72,31 @@ def quantize(
         evaluation=evaluation,
         seed=seed,
         memory=memory,
+        device=device_named(device),
     )
     run = _Run(task, progress or (lambda event: None))
     run.check()
-    with appearing(out, run.estimate.disk, task.key) as folder:
+    with too_small(task.device), appearing(out, run.estimate.disk, task.key) as folder:
         report = run.write(folder, command)
         papers.write(folder, report)
     return report
 
 
 def foresee(
-    source: Path | str, scheme: Scheme, *, calibration: str | None = None, memory: int | None = None
+    source: Path | str,
+    scheme: Scheme,
+    *,
+    calibration: str | None = None,
+    memory: int | None = None,
+    device: Name = "cpu",
 ) -> Estimate:
-    """What `quantize` with these arguments will need. Reads settings and heads of files, writes nothing."""
-    task = Task(source=Path(source), scheme=scheme, calibration=calibration, memory=memory)
-    return _Run(task, lambda event: None).foreseen(measured_rate())
+    """What `quantize` with these arguments will need. Reads settings and heads of files, writes nothing.
+
+    A GPU's times are left out: nobody has measured any.
+    """
+    place = device_named(device)
+    task = Task(source=Path(source), scheme=scheme, calibration=calibration, memory=memory, device=place)
+    return _Run(task, lambda event: None).foreseen(measured_rate() if place == CPU else 0.0)
 
 
 class _Run:
@@ -101,7 +106,8 @@ class _Run:
         self.task = task
         self.scheme = task.scheme
         self.tell = tell
-        self.loader = Loader(open_source(task.source), floats=True)
+        self.loader = Loader(open_source(task.source), floats=True)  # what is written as it is
+        self.placed = Loader(self.loader.source, floats=True, device=task.device)  # what is computed with
         if self.loader.codec is not None:
             raise ModelError(f"{task.source} is quantized already", hint="quantize the original model")
         spec, family, container = self.loader.spec, self.loader.family, self.scheme.container
@@ -114,8 +120,16 @@ class _Run:
             log.warning("%d linears stay at 16 bits, the first is %s", len(skipped), skipped[0])
 
     def foreseen(self, rate: float = 0.0) -> Estimate:
-        given, memory = self.task.calibration is not None, self.task.memory
-        return estimate(self.loader.spec, self.scheme, self.selection, given=given, budget=memory, rate=rate)
+        task = self.task
+        return estimate(
+            self.loader.spec,
+            self.scheme,
+            self.selection,
+            given=task.calibration is not None,
+            budget=task.memory,
+            rate=rate,
+            device=task.device,
+        )
 
     def check(self) -> None:
         """What can be refused before anything is written. Raises `ModelError`."""
@@ -130,11 +144,11 @@ class _Run:
 
     def write(self, folder: Path, command: str) -> QuantReport:
         journal = Journal(folder / JOURNAL)
-        with side_by_side() as run:
+        with working_on(self.task.device) as run:
             calibration = self._calibration(journal, run)
             if self.scheme.mixes and calibration is not None:
                 self.selection = self._chosen(journal, calibration, run)
-            canary = self._canary()
+            canary = canary_of(self.placed, self.task.source)
             self._blocks(journal, calibration, canary, run)
             if self.scheme.best and calibration is not None:
                 self._teach(journal, calibration, run)
@@ -149,7 +163,7 @@ class _Run:
             scheme=asdict(self.scheme),
             seed=self.task.seed,
             calibration=calibration.describe() if calibration else None,
-            versions=versions(),
+            versions=versions() | facts(self.task.device),
             command=command,
             bytes=sizes,
             bits_per_weight=8 * sum(sizes.values()) / loader.spec.parameters,
@@ -165,7 +179,7 @@ class _Run:
         if found is None:
             task = self.task
             found = calibration_for(
-                task.source, self.loader, self.scheme, task.calibration, task.seed, self.tell, run
+                task.source, self.placed, self.scheme, task.calibration, task.seed, self.tell, run
             )
             journal.keep_calibration(found)
         return found
@@ -175,25 +189,18 @@ class _Run:
         forms = journal.forms()
         if forms is None:
             self.tell(QuantizeProgress("choose", 0, 1))
-            forms = choose(self.loader, self.scheme, calibration.tokens, self.task.seed, run)
+            forms = choose(self.placed, self.scheme, calibration.tokens, self.task.seed, run)
             journal.keep_forms(forms)
         return select(self.loader.spec, self.loader.family, self.scheme, self.scheme.container, forms)
-
-    def _canary(self) -> Canary | None:
-        """None for a model without a tokenizer: nobody could send it a prompt."""
-        try:
-            return Canary(self.loader, load_tokenizer(self.task.source))
-        except ModelError as error:
-            log.warning("no canary is written: %s", error)
-            return None
 
     def _blocks(
         self, journal: Journal, calibration: Calibration | None, canary: Canary | None, run: Map
     ) -> None:
         """Quantize every block that is not done yet."""
         watched = calibration if self.scheme.watches else None
-        place = spilled_to(journal.folder) if self.estimate.spilled else in_memory
-        stream = None if watched is None else Stream(self.loader, watched, self.scheme, run, place)
+        device = self.task.device
+        place = spilled_to(journal.folder, device) if self.estimate.spilled else held_on(device)
+        stream = None if watched is None else Stream(self.placed, watched, self.scheme, run, place)
         passing: list[Stream | Canary] = [each for each in (stream, canary) if each is not None]
         total, first = self.loader.spec.num_layers, journal.done(stateful=bool(passing))
         if first:
@@ -202,15 +209,15 @@ class _Run:
                 each.restore(journal.states(first - 1))
         started = time.monotonic()
         for layer in range(first, total):
-            block, forms = read_block(self.loader, layer), self.selection.forms[layer]
+            block, forms = read_block(self.placed, layer), self.selection.forms[layer]
             folded, quantized, findings = self._rounded(layer, block, stream)
             if canary is not None:
                 canary.advance(layer, block)
-            reports = self._reports(layer, folded, quantized, findings)
+            reports = block_reports(self._names(layer), forms, folded, quantized, findings)
             states = {name: state for each in passing for name, state in each.kept().items()}
             if self.scheme.best:
-                journal.keep_whole(layer, {p: float_weight(folded.linears[p]) for p in forms})
-            journal.keep(layer, self.writer.block(layer, quantized, forms), reports, states)
+                journal.keep_whole(layer, {p: float_weight(folded.linears[p]).cpu() for p in forms})
+            journal.keep(layer, self.writer.block(layer, moved(quantized, CPU), forms), reports, states)
             if isinstance(self.loader.source, Checkpoint):
                 self.loader.source.release()
             left = (time.monotonic() - started) / (layer + 1 - first) * (total - layer - 1)
@@ -226,15 +233,6 @@ class _Run:
                 return stream.advance(layer, block, forms)
             return block, nearest_block(block, forms, self._names(layer), self.scheme.mse), {}
 
-    def _reports(
-        self, layer: int, folded: Block, quantized: Block, findings: dict[str, Finding]
-    ) -> list[LayerReport]:
-        return [
-            layer_report(name, folded.linears[p], quantized.linears[p], findings.get(p, Finding()))
-            for p, name in self._names(layer).items()
-            if p in self.selection.forms[layer]
-        ]
-
     def _names(self, layer: int) -> dict[str, str]:
         """Of the linears of a block, by projection."""
         family = self.loader.family
@@ -245,7 +243,7 @@ class _Run:
         if journal.taught(self.loader.spec.num_layers):
             return
         steps, seed, config = self.scheme.steps, self.task.seed, self._config()
-        made = teaching.teach(self.loader, journal, config, calibration, steps, seed, run, self.tell)
+        made = teaching.teach(self.placed, journal, config, calibration, steps, seed, run, self.tell)
         teaching.keep(self.loader, journal, self.writer, self.selection.forms, made)
 
     def _config(self) -> dict[str, object]:

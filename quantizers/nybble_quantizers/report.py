@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nybble_kernels.float8 import Float8Tensor
 from nybble_models.checkpoint import REPORT, write_json
-from nybble_models.weights import Linear
+from nybble_models.formats.form import Form
+from nybble_models.weights import Block, Linear
 from nybble_quantizers.block import Finding
 from nybble_quantizers.folding import float_weight
 from nybble_quantizers.origin import Origin
@@ -101,6 +102,21 @@ def layer_report(name: str, folded: Linear, quantized: Linear, found: Finding) -
         found.clip_share,
         found.damp,
     )
+
+
+def block_reports(
+    names: Mapping[str, str],
+    forms: Mapping[str, Form],
+    folded: Block,
+    quantized: Block,
+    findings: Mapping[str, Finding],
+) -> list[LayerReport]:
+    """A row for each linear of a block that has a form. names: the full ones by projection, in order."""
+    return [
+        layer_report(name, folded.linears[p], quantized.linears[p], findings.get(p, Finding()))
+        for p, name in names.items()
+        if p in forms
+    ]
 
 
 def versions() -> dict[str, str]:

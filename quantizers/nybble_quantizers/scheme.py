@@ -22,13 +22,13 @@ class Scheme:
     `skip` holds shell patterns of linears that stay 16-bit ("*.down_proj", "model.layers.0.*"), also where an
     override or a target says otherwise. `format` is a name of `CONTAINERS`, or "auto": AWQ where it can hold
     the form, else compressed-tensors. `overrides` are "PATTERN=FORM" (see `override`). With `target_bits` a
-    weight, scales and zeros included, or `target_bytes`, the bits of each linear are chosen. `ends`: the
-    embedding and the head are rounded too. `kind` "float" is FP8 (E4M3). `inputs`: activations are rounded to
-    8 bits of the same kind, with a scale a "token", or one for the "tensor" that calibration finds. `alpha`:
-    how much of their range SmoothQuant moves into the weights; None: searched for each fold. `best`:
-    afterwards levels, scales, norms and biases are tuned by gradient in so many `steps`. `order`: in which
-    GPTQ takes the inputs (see `gptq.Order`). `damp`: what is added to a Hessian's diagonal at first, of its
-    mean. `mse`: round-to-nearest searches the range of every group for the least error.
+    weight, scales and zeros included, or `target_bytes`, the bits of each linear are chosen among `widths`
+    and 16. `ends`: the embedding and the head are rounded too. `kind` "float" is FP8 (E4M3). `inputs`:
+    activations are rounded to 8 bits of the same kind, with a scale a "token", or one for the "tensor" that
+    calibration finds. `alpha`: how much of their range SmoothQuant moves into the weights; None: searched for
+    each fold. `best`: afterwards levels, scales, norms and biases are tuned by gradient in so many `steps`.
+    `order`: in which GPTQ takes the inputs (see `gptq.Order`). `damp`: what is added to a Hessian's diagonal
+    at first, of its mean. `mse`: round-to-nearest searches the range of every group for the least error.
     Method "none" keeps every weight at 16 bits (a change of container only).
     """
 
@@ -45,6 +45,7 @@ class Scheme:
     overrides: tuple[str, ...] = ()
     target_bits: float | None = None
     target_bytes: int | None = None
+    widths: tuple[int, ...] = (3, 4, 5, 6, 8)
     ends: bool = False
     kind: Kind = "int"
     inputs: Inputs | None = None
@@ -105,6 +106,8 @@ class Scheme:
                 f"{self.target_bits:g} bits a weight is no target",
                 hint="give more than 0 and fewer than 16, which is no rounding",
             )
+        if not self.widths or not all(2 <= bits <= 8 for bits in self.widths):
+            raise ModelError(f"widths are {list(self.widths)}", hint="give some of 2 to 8, as --widths 4 8")
         if self.target_bytes is not None and self.target_bytes < 1:
             raise ModelError(f"{self.target_bytes} bytes are no target", hint="as --target-size 80MB")
         if self.mixes and (self.inputs is not None or self.kind == "float"):

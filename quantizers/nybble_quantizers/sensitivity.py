@@ -122,8 +122,9 @@ class _Measurement:
         for rows in torch.split(state, ROWS):
             x = rows.detach().requires_grad_()
             logits = self.decoder.logits(x)
-            drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
-            slopes += torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), x)
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+            loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+            slopes += torch.autograd.grad(loss, x)
         return torch.cat(slopes)
 
     def _back(
@@ -167,7 +168,7 @@ class _Measurement:
         rounded = fake(table, form)
         if EMBED in unit.parts:
             for window, slope in zip(self.tokens, slopes, strict=True):
-                moved = (slope * (rounded[window] - table[window])).sum(1)
+                moved = (slope * (rounded[window] - table[window])).sum(1).cpu()
                 by_token = torch.zeros(len(table)).index_add_(0, window, moved)
                 total += float(by_token.square().sum()) / 2
         if EMBED not in unit.parts or weights.head is None:

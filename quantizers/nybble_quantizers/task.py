@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from nybble_models.errors import ModelError
+from nybble_models.loader import CPU
+from nybble_quantizers.device import facts
 from nybble_quantizers.journal import fingerprint, key_of
 from nybble_quantizers.scheme import Scheme
 
@@ -22,6 +26,7 @@ class Task:
     evaluation: Path | None = None
     seed: int = 0
     memory: int | None = None
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LAST_SEED:
@@ -30,4 +35,5 @@ class Task:
     @property
     def key(self) -> str:
         """The same task gives the same, whatever the memory: that changes no byte."""
-        return key_of(self.source, self.scheme, fingerprint(self.calibration), self.seed)
+        device = facts(self.device)
+        return key_of(self.source, self.scheme, fingerprint(self.calibration), self.seed, device)

@@ -12,10 +12,11 @@ from torch import Tensor
 from nybble_kernels.quantized import QuantizedTensor, dense
 from nybble_models.decoder import Decoder
 from nybble_models.errors import BrokenCheckpoint
-from nybble_models.loader import Loader
+from nybble_models.loader import CPU, Loader
 from nybble_models.weights import Block, Linear, Weights
 from nybble_quantizers.block import Finding
 from nybble_quantizers.calibrate import Calibration
+from nybble_quantizers.device import moved
 from nybble_quantizers.distill import END_TO_END, Distilled, distill
 from nybble_quantizers.journal import Journal
 from nybble_quantizers.levels import TunedBlock
@@ -63,7 +64,7 @@ def teach(
     were rounded and the float model's last states.
     """
     spec = loader.spec
-    finished = Loader(Finished(journal, spec.num_layers, config))
+    finished = Loader(Finished(journal, spec.num_layers, config), device=loader.device)
     tuned = [
         TunedBlock(_whole(journal, layer, finished.block(layer)), finished.block(layer))
         for layer in range(spec.num_layers)
@@ -78,7 +79,7 @@ def teach(
     )
     decoder = Decoder(spec, weights)
     states = [decoder.embed(window) for window in calibration.tokens]
-    targets = list(last.get("plain", last["states"]))
+    targets = [window.to(loader.device) for window in last.get("plain", last["states"])]
     pace = replace(END_TO_END, steps=steps, batch=min(END_TO_END.batch, len(states)))
 
     def heard(step: int, divergence: float) -> None:
@@ -98,7 +99,7 @@ def keep(
         reports = [
             _again(row, whole.linears[names[row.name]], block.linears[names[row.name]]) for row in rows
         ]
-        journal.keep_tuned(layer, writer.block(layer, block, forms[layer]), reports)
+        journal.keep_tuned(layer, writer.block(layer, moved(block, CPU), forms[layer]), reports)
     journal.taught(loader.spec.num_layers)
 
 
@@ -106,7 +107,7 @@ def _whole(journal: Journal, layer: int, rounded: Block) -> Block:
     """The block as it was before its linears were rounded."""
     whole = journal.whole(layer)
     linears = {
-        name: replace(linear, weight=whole[name]) if name in whole else linear
+        name: replace(linear, weight=whole[name].to(linear.weight.device)) if name in whole else linear
         for name, linear in rounded.linears.items()
     }
     return Block(linears, rounded.norms)

@@ -1,5 +1,6 @@
 """What a text is at one place of the model: a matrix per window, all in memory or all in a file.
 
+Windows in memory lie on the device that computes with them, and one that is read from a file is moved there.
 Files are read and written by explicit calls, one window at a time: mapped pages would count as memory of the
 process. The numbers are float32 in both, so where they are held changes no result.
 """
@@ -16,6 +17,8 @@ from typing import Any, Generic, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
+
+from nybble_models.loader import CPU
 
 WIDTH = 4  # bytes of a float32
 
@@ -53,21 +56,32 @@ class Windows(Sequence[Tensor]):
 
 
 class Spilled(Windows):
-    """The same, `shape` each, in a file from byte `start` on. It is closed with the last reference."""
+    """The same, `shape` each, in a file from byte `start` on. It is closed with the last reference.
 
-    def __init__(self, descriptor: int, count: int, shape: tuple[int, ...], start: int = 0) -> None:
+    device: where a window is to lie that is read.
+    """
+
+    def __init__(
+        self,
+        descriptor: int,
+        count: int,
+        shape: tuple[int, ...],
+        start: int = 0,
+        device: torch.device = CPU,
+    ) -> None:
         super().__init__(torch.empty(0))
         self._descriptor = descriptor
         self._count = count
         self._shape = shape
         self._start = start
+        self._device = device
         weakref.finalize(self, os.close, descriptor)
 
     def __len__(self) -> int:
         return self._count
 
     def _read(self, index: int) -> Tensor:
-        window = torch.empty(self._shape)
+        window = torch.empty(self._shape, device=CPU)
         target = _bytes(window)
         done, at = 0, self._start + index * window.nbytes
         while done < len(target):
@@ -75,12 +89,12 @@ class Spilled(Windows):
             if count == 0:
                 raise OSError("a file of states ends too early")
             done += count
-        return window
+        return window.to(self._device)
 
     def _write(self, index: int, window: Tensor) -> None:
         if tuple(window.shape) != self._shape:
             raise ValueError(f"a window of {list(window.shape)} among those of {list(self._shape)}")
-        source = _bytes(window.float().contiguous())
+        source = _bytes(window)
         done, at = 0, self._start + index * len(source)
         while done < len(source):
             done += os.pwrite(self._descriptor, source[done:], at + done)
@@ -92,16 +106,19 @@ class Place(Protocol):
     def __call__(self, count: int, shape: tuple[int, ...], /) -> Windows: ...
 
 
-def in_memory(count: int, shape: tuple[int, ...]) -> Windows:
-    return Windows(torch.empty(count, *shape, device="cpu"))
+def held_on(device: torch.device) -> Place:
+    return lambda count, shape: Windows(torch.empty(count, *shape, device=device))
 
 
-def spilled_to(folder: Path) -> Place:
+in_memory = held_on(CPU)
+
+
+def spilled_to(folder: Path, device: torch.device = CPU) -> Place:
     """Files without a name: a process that is killed leaves none."""
 
     def place(count: int, shape: tuple[int, ...]) -> Windows:
         with tempfile.TemporaryFile(dir=folder) as file:
-            return Spilled(os.dup(file.fileno()), count, shape)
+            return Spilled(os.dup(file.fileno()), count, shape, device=device)
 
     return place
 
@@ -141,7 +158,7 @@ def save(path: Path, kept: Mapping[str, Windows]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for windows in kept.values():
             for window in windows:
-                file.write(_bytes(window.float().contiguous()))
+                file.write(_bytes(window))
     os.replace(unfinished, path)
 
 
@@ -162,4 +179,5 @@ def load(path: Path) -> dict[str, Windows]:
 
 
 def _bytes(window: Tensor) -> memoryview:
-    return window.numpy().data.cast("B")
+    """As float32. Of a window that is that already, here and in one piece, its own."""
+    return window.float().cpu().contiguous().numpy().data.cast("B")

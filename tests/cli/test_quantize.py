@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,10 @@ import pytest
 from safetensors.torch import load_file
 
 from nybble.cli import main
+from nybble.commands.dry_run import table
 from nybble.commands.recipe import Recipe, in_bytes
 from nybble.errors import UsageError
+from nybble_quantizers.pipeline import foresee
 from nybble_quantizers.scheme import Scheme, preset
 from support_checkpoint import write_checkpoint
 
@@ -286,6 +289,25 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     assert lines[1].startswith("disk: ") and lines[2].startswith("memory: ")
     assert any(re.fullmatch(r"time: about \d+ s", line) for line in lines)
     assert {f.name for f in tmp_path.iterdir()} == {"plain"}
+
+
+def test_a_gpu_that_is_not_there_is_one_line(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    flags = ["-o", str(tmp_path / "out"), "--device", "cuda"]
+    assert main(["quantize", str(source), *flags]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: PyTorch finds no GPU",
+        "hint: --device cpu",
+    ]
+    assert main(["quantize", str(source), *flags[:2], "--device", "auto", "--dry-run", *SMALL]) == 0
+
+
+def test_times_that_nobody_measured_are_left_out(source: Path) -> None:
+    said = foresee(source, Scheme())
+    assert "\ntime: about" in table(said, 1 << 30, 1 << 30)
+    assert "time" not in table(replace(said, seconds={}), 1 << 30, 1 << 30)
 
 
 def test_a_dry_run_fails_where_the_run_would(

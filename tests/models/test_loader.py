@@ -13,6 +13,7 @@ from nybble_models.checkpoint import Checkpoint, read_config
 from nybble_models.errors import BrokenCheckpoint, UnsupportedModel
 from nybble_models.formats.awq import AwqCodec
 from nybble_models.loader import Loader
+from support_checkpoint import write_checkpoint
 from support_quantized import uniform
 from support_tiny import CONFIGS, round_to_nearest
 
@@ -40,6 +41,16 @@ def write(directory: Path, stored: dict[str, torch.Tensor], **config: object) ->
 
 def load(directory: Path) -> None:
     Loader(Checkpoint(directory)).load()
+
+
+@pytest.mark.parametrize("floats", [False, True])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_all_of_it_lies_on_the_device_that_is_named(tmp_path: Path, family: str, floats: bool) -> None:
+    loader = Loader(
+        Checkpoint(write_checkpoint(tmp_path, family)), floats=floats, device=torch.device("meta")
+    )
+    held = list(loader.load().tensors())
+    assert len(held) > 20 and {weight.device.type for _, weight in held} == {"meta"}
 
 
 def test_a_whole_checkpoint_loads(tmp_path: Path) -> None:

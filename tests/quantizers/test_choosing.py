@@ -257,3 +257,12 @@ def test_settings_name_what_differs(tmp_path: Path, source: Path) -> None:
     groups = settings["config_groups"]
     assert groups["group_1"]["targets"] == [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
     assert groups["group_1"]["weights"]["num_bits"] == 8
+
+
+def test_a_target_chooses_among_the_widths_given(tmp_path: Path, source: Path) -> None:
+    for widths in ((4, 8), (4, 5, 6)):
+        scheme = replace(RTN, target_bits=5.5, widths=widths)
+        quantize(source, tmp_path / str(len(widths)), scheme)
+        found = set(bits_of(tmp_path / str(len(widths))).values())
+        assert found <= {*widths, 16}
+        assert len(found) > 1

@@ -72,6 +72,8 @@ def test_a_label_says_what_is_in_the_folder(scheme: Scheme, label: str) -> None:
             {"method": "gptq", "order": "desc_act", "ends": True},
             "gptq_v2 holds no quantized embedding",
         ),
+        ("auto", {"widths": ()}, r"widths are \[\]"),
+        ("auto", {"widths": (4, 9)}, r"widths are \[4, 9\]"),
         ("W4A16", {"method": "gptq", "format": "gptq"}, "gptq cannot hold every zero point"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -18,6 +18,7 @@ def table(found: Estimate, budget: int, free: int) -> str:
     width = max(map(len, found.memory)) + 2
     parts = [f"  {name:<{width}}{size(count):>10}" for name, count in found.memory.items() if count]
     times = [f"  {stage:<{width}}{seconds:>8.0f} s" for stage, seconds in found.seconds.items()]
+    total = [f"time: about {sum(found.seconds.values()):.0f} s"] if times else []
     where = "; the text's states go to files" if found.spilled else ""
     return "\n".join(
         [
@@ -26,7 +27,7 @@ def table(found: Estimate, budget: int, free: int) -> str:
             f"disk: {size(found.disk)} of {size(free)} free ({size(found.journal)} of it until the run ends)",
             f"memory: {size(found.needed)} of {size(budget)}, most in stage {found.stage!r}{where}",
             *parts,
-            f"time: about {sum(found.seconds.values()):.0f} s",
+            *total,
             *times,
         ]
     )

@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -44,8 +44,15 @@ def quantize(
         Path | None, Parameter(help="text that will judge the result: no calibration text may quote it")
     ] = None,
     seed: Annotated[int, Parameter(help="same seed, same bytes")] = 0,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Parameter(help="what computes: auto takes a GPU where there is one, a block at a time"),
+    ] = "auto",
     memory: Annotated[
-        str | None, Parameter(help="to keep to, as 8GiB; the text's states go to files where they do not fit")
+        str | None,
+        Parameter(
+            help="of the device, to keep to, as 8GiB; the text's states go to files where they do not fit"
+        ),
     ] = None,
     dry_run: Annotated[
         bool, Parameter(help="print memory, disk and time that it will take, and write nothing", negative=())
@@ -58,21 +65,25 @@ def quantize(
     log.configure("warning")
     from nybble.engine.bandwidth import available_memory
     from nybble_models.hub import fetch
+    from nybble_models.loader import CPU
+    from nybble_quantizers.device import device_named, free_memory
     from nybble_quantizers.estimate import resident
     from nybble_quantizers.pipeline import foresee
     from nybble_quantizers.pipeline import quantize as write
     from nybble_quantizers.scheme import preset
 
     wanted = preset(recipe.preset, **recipe.changes())
-    budget = available_memory() + resident() if memory is None else in_bytes(memory)
+    place = device_named(device)
+    room = available_memory() + resident() if place == CPU else free_memory(place)
+    budget = room if memory is None else in_bytes(memory)
     with display() as shown:
         local = fetch(
             source, ServeConfig(cache_dir=cache_dir).cache_path, lambda text: shown.update(text, 0.0)
         )
         if dry_run:
-            found = dry_run_of(foresee(local, wanted, calibration=calibration, memory=budget), budget, output)
+            found = foresee(local, wanted, calibration=calibration, memory=budget, device=device)
             shown.close()
-            print(found)
+            print(dry_run_of(found, budget, output))
             return
         report = write(
             local,
@@ -84,6 +95,7 @@ def quantize(
             progress=Steps(shown),
             command=shlex.join(["nybble", *sys.argv[1:]]),
             memory=budget,
+            device=device,
         )
         shown.close()
     print(summary(output, report))

@@ -60,11 +60,19 @@ class Recipe:
         ),
     ] = ()
     target_bits: Annotated[
-        float | None, Parameter(help="choose 3, 4, 8 or 16 bits for each linear, so many on average")
+        float | None, Parameter(help="choose the bits of each linear, so many on average")
     ] = None
     target_size: Annotated[
         str | None, Parameter(help="the same for a size of the weights, as 80MB or 1.2GB")
     ] = None
+    widths: Annotated[
+        tuple[int, ...],
+        Parameter(
+            help="bits a target chooses from, beside 16; other engines' kernels often know 4 and 8 only",
+            negative=(),
+            consume_multiple=True,
+        ),
+    ] = (3, 4, 5, 6, 8)
     embeddings: Annotated[
         bool, Parameter(help="round the embedding and the head too, to 8 bits or as the target says")
     ] = False
@@ -91,6 +99,7 @@ class Recipe:
         if self.target_size is not None:
             given = {"target_bits": None} | given | {"target_bytes": in_bytes(self.target_size)}
         return given | {
+            "widths": self.widths,
             "order": self.order,
             "mse": self.mse,
             "damp": self.damp,

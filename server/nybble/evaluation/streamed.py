@@ -14,8 +14,8 @@ from nybble.evaluation.model import CHUNK, Rows, Tell, Tokens
 from nybble_kernels.quantized import dense
 from nybble_models.decoder import Decoder
 from nybble_models.hub import open_source
-from nybble_models.loader import Loader
-from nybble_models.weights import Block, Norm, Weights
+from nybble_models.loader import CPU, Loader
+from nybble_models.weights import Block, Weights
 from nybble_models.window import Window
 
 STATES_BYTES = 1 << 30  # hidden states held at a time; texts beyond that make the blocks be read again
@@ -24,13 +24,13 @@ STATES_BYTES = 1 << 30  # hidden states held at a time; texts beyond that make t
 class Streamed:
     """All texts pass a block before the next one is read. Quantized weights mean what their codes say."""
 
-    def __init__(self, path: Path, tell: Tell, name: str, device: torch.device | None = None) -> None:
+    def __init__(self, path: Path, tell: Tell, name: str, device: torch.device = CPU) -> None:
         """`name`: what `tell` calls the phase. Raises `ModelError`."""
         self.path = path
         self._tell = tell
         self._name = name
-        self._device = device or torch.device("cpu")
-        self._loader = Loader(open_source(path))
+        self._device = device
+        self._loader = Loader(open_source(path), device=device)
         self.vocab_size = self._loader.spec.vocab_size
         self._held: tuple[Sequence[Tokens], Decoder, list[Tensor]] | None = None
 
@@ -64,42 +64,17 @@ class Streamed:
         blocks = [Block() for _ in range(spec.num_layers)]
         weights = Weights(loader.embed(), loader.positions(), blocks, loader.final_norm(), loader.head())
         decoder = Decoder(spec, weights)
-        states = [decoder.embed(torch.tensor(tokens)) for tokens in texts]
-        self._move_ends(decoder)
+        states = [decoder.embed(torch.tensor(tokens)).cpu() for tokens in texts]
+        if weights.head is not None:
+            weights.embed = torch.empty(0, spec.hidden_size)  # nobody looks at it any more
         for layer in range(spec.num_layers):
-            blocks[layer] = self._float(loader.block(layer))
+            blocks[layer] = _float(loader.block(layer))
             for index, x in enumerate(states):
                 y = decoder.block(layer, x.to(self._device), Window(spec))
                 states[index] = y.cpu()
                 self._tell(phase, (layer + (index + 1) / len(states)) / spec.num_layers)
             blocks[layer] = Block()
         return decoder, states
-
-    def _float(self, block: Block) -> Block:
-        """The block on the device, its weights as float32: they are used for every text."""
-        for linear in block.linears.values():
-            linear.weight = dense(linear.weight.to(self._device))
-            linear.bias = self._moved(linear.bias)
-        for norm in block.norms.values():
-            self._move(norm)
-        return block
-
-    def _move_ends(self, decoder: Decoder) -> None:
-        """What comes after the blocks, and the rotary table, to the device."""
-        weights = decoder.weights
-        self._move(weights.final_norm)
-        if weights.head is None:
-            weights.embed = weights.embed.to(self._device)
-        else:
-            weights.head.weight = weights.head.weight.to(self._device)
-            weights.head.bias = self._moved(weights.head.bias)
-        decoder.cos, decoder.sin = self._moved(decoder.cos), self._moved(decoder.sin)
-
-    def _move(self, norm: Norm) -> None:
-        norm.weight, norm.bias = norm.weight.to(self._device), self._moved(norm.bias)
-
-    def _moved(self, tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(self._device)
 
     @torch.inference_mode()
     def _rows(self, decoder: Decoder, states: Tensor, first: int, stop: int) -> Iterator[Tensor]:
@@ -115,3 +90,10 @@ class Streamed:
             "device": self._device.type,
             "dtype": "float32",
         }
+
+
+def _float(block: Block) -> Block:
+    """The block with weights as float32: they are used for every text."""
+    for linear in block.linears.values():
+        linear.weight = dense(linear.weight)
+    return block
