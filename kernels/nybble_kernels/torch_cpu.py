@@ -19,6 +19,7 @@ INT4_GROUPS = (32, 64, 128, 256)  # what `_weight_int4pack_mm_for_cpu` takes
 INT8_INPUTS = (
     16  # `_weight_int8pack_mm` reads vectors of so many, past the end of a row that has no whole number
 )
+ROWS = 4096  # of a head that are floats at a time
 ROW_TILE = 16  # float rows come in whole tiles: for a few rows the BLAS picks another summation order
 SMALL_ROWS = 16  # above, the int4 op soon costs more than dequantize-then-matmul
 
@@ -148,7 +149,11 @@ def quantize_rows(weight: Tensor, group_size: int | None = None) -> QuantizedTen
     Head matrices are held this way: at 8 bits a row the error is below that of bfloat16 activations.
     """
     group = group_size or weight.shape[1]
-    groups = weight.float().view(weight.shape[0], -1, group)  # [N, G, g]
-    scales = groups.abs().amax(-1).clamp_min(1e-12) / 127
-    codes = (groups / scales.unsqueeze(-1)).round().clamp(-127, 127) + 128
-    return QuantizedTensor(codes.flatten(1).to(torch.uint8), scales, 8, group)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    scales = torch.empty(weight.shape[0], weight.shape[1] // group)
+    pieces = (torch.split(tensor, ROWS) for tensor in (weight, codes, scales))
+    for rows, target, scale in zip(*pieces, strict=True):
+        groups = rows.float().unflatten(1, (-1, group))  # [n, G, g]
+        torch.div(groups.abs().amax(-1).clamp_min(1e-12), 127, out=scale)
+        target.copy_((groups / scale.unsqueeze(-1)).round_().clamp_(-127, 127).add_(128).flatten(1))
+    return QuantizedTensor(codes, scales, 8, group)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +48,10 @@ class Source(Protocol):
 
     def levels(self, name: str) -> QuantizedTensor | None:
         """A matrix as exact levels, where the file holds it as such under this one name."""
+        ...
+
+    def release(self) -> None:
+        """Let go of pages of the files that were read: they count as memory of the process until then."""
         ...
 
 
@@ -123,12 +127,21 @@ class Loader:
         return self._linear(self.family.head, (self.spec.vocab_size, self.spec.hidden_size), False)
 
     def load(self, progress: Callable[[float], None] | None = None) -> Weights:
-        blocks = []
+        weights = self.frame()
+        weights.blocks += self.blocks(progress)
+        return weights
+
+    def frame(self) -> Weights:
+        """The model without its blocks."""
+        return Weights(self.embed(), self.positions(), [], self.final_norm(), self.head())
+
+    def blocks(self, progress: Callable[[float], None] | None = None) -> Iterator[Block]:
+        """One after another; what was read of the files is let go of in between."""
         for layer in range(self.spec.num_layers):
-            blocks.append(self.block(layer))
+            yield self.block(layer)
+            self.source.release()
             if progress:
                 progress((layer + 1) / self.spec.num_layers)
-        return Weights(self.embed(), self.positions(), blocks, self.final_norm(), self.head())
 
     def _linear(self, name: str, shape: tuple[int, int], biased: bool) -> Linear:
         codec = self.codec_of(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
@@ -31,23 +31,34 @@ def build_program(
     max_batch: int,
     isa: str | None = None,
     progress: Progress | None = None,
+    blocks: Iterable[Block] | None = None,
+    reserve: int = 0,
 ) -> DecodeProgram:
     """Pack the model and compile its decode step (some seconds on the first start, then from disk).
 
+    blocks: those that `weights` lacks, packed as they come: without their weights they are added to it. They
+    take about `reserve` bytes.
     kv: bfloat16 [layers, blocks, 2, block_size, kv_heads, head_dim], zeros at first · head: the output matrix
     in the form it is to be kept; where the model ties it to the embedding, the embedding is read from it too.
     """
     chosen = choose(isa)
     with ThreadPoolExecutor(1, "compile") as aside:  # while the kernels compile as their formats are met
         run = aside.submit(compiled_step, progress)
-        arena = Arena(_reserve(weights, head))
+        arena = Arena(_reserve(weights, head) + reserve)
         writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, max_batch), kv)
-        embedding = writer.write(head)
+        embedding = writer.write(head, weights.blocks if blocks is None else _hollowed(blocks, weights))
         limits = Limits(spec.vocab_size, spec.max_positions, lambda position: _kv_bytes(spec, position))
         step = run.result()
     return DecodeProgram(
         writer.builder, step, kv, writer.linears, embedding, spec.hidden_size, limits, max(1, threads)
     )
+
+
+def _hollowed(blocks: Iterable[Block], weights: Weights) -> Iterator[Block]:
+    """Each block whole while it is written."""
+    for block in blocks:
+        yield block
+        weights.blocks.append(block.hollow())
 
 
 def _reserve(weights: Weights, head: Weight) -> int:
@@ -86,10 +97,10 @@ class _Writer:
         self.first = builder.buffer(spec.intermediate_size * (2 if spec.gated else 1))
         self.inner = builder.buffer(spec.intermediate_size)
 
-    def write(self, head: Weight) -> Tensor | HeldWeight:
+    def write(self, head: Weight, blocks: Iterable[Block]) -> Tensor | HeldWeight:
         """The whole step; returns the embedding as it will be read."""
         builder, spec = self.builder, self.spec
-        for layer, block in enumerate(self.weights.blocks):
+        for layer, block in enumerate(blocks):
             self._attention(layer, block)
             self._mlp(layer, block)
         self._norm(self.x, self.normed, self.weights.final_norm)

@@ -36,6 +36,14 @@ class Block:
     linears: dict[str, Linear] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
 
+    def hollow(self) -> Block:
+        """The same without the weights of the linears, of which only shapes are left."""
+        linears = {
+            name: replace(linear, weight=torch.empty(shape_of(linear.weight), device="meta"))
+            for name, linear in self.linears.items()
+        }
+        return Block(linears, self.norms)
+
 
 @dataclass(slots=True)
 class Weights:

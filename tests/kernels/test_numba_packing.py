@@ -7,6 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nybble_kernels.numba import packing
+from nybble_kernels.numba import weight as weight_module
 from nybble_kernels.numba.arena import Arena
 from nybble_kernels.numba.packing import pack, unpack
 from nybble_kernels.numba.weight import QuantizedWeight, hold, packed_bound
@@ -80,7 +82,7 @@ def test_scales_take_16_bits_only_where_that_changes_nothing(value: float, half:
     assert packed.data.nbytes == -(-(256 + 16 * (2 if half else 4) + 16) // 64) * 64
 
 
-def test_an_arena_holds_what_was_reserved_and_no_more() -> None:
+def test_an_arena_holds_what_was_reserved_and_grows() -> None:
     """Block b lies in stream b % 4, and what fills up the last four is zero."""
     q = quantized(80, 64, 4, 32, "zeros")
     arena = Arena(2 * packed_bound(q))
@@ -93,6 +95,22 @@ def test_an_arena_holds_what_was_reserved_and_no_more() -> None:
     assert data.data_ptr() % 64 == 0
     assert torch.equal(data.flatten(0, 1)[:5], pack(q).data)
     assert not data[1, 1:].any()
-    with pytest.raises(MemoryError, match="reserved"):
-        for _ in range(3):
-            hold(q, arena)
+    near = abs(second.packed.data.data_ptr() - data.data_ptr()) if isinstance(second, QuantizedWeight) else 0
+    assert near == 2 * 704
+    for _ in range(3):
+        assert torch.equal(hold(q, arena).dequantize_slowly(), q.dequantize())
+    large = quantized(2000, 64, 4, 32, "zeros")  # more than was reserved at all
+    assert torch.equal(hold(large, arena).dequantize_slowly(), large.dequantize())
+    assert torch.equal(first.dequantize_slowly(), q.dequantize())
+
+
+def test_many_rows_are_packed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    for weight in (quantized(300, 96, 5, 32, "zeros"), torch.randn(300, 96).bfloat16()):
+        whole = hold(weight, Arena(1 << 20))
+        for module in (packing, weight_module):
+            monkeypatch.setattr(module, "PIECE", 128)
+        pieces = hold(weight, Arena(1 << 20))
+        monkeypatch.undo()
+        expected = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight.float()
+        assert torch.equal(pieces.dequantize_slowly(), expected)
+        assert torch.equal(whole.dequantize_slowly(), expected)

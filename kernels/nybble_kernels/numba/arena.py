@@ -16,30 +16,58 @@ AHEAD = 64 * 1024  # kernels prefetch past the end
 
 
 class Arena:
-    """Weights in the order in which a step reads them, in four streams. Reserved memory costs nothing."""
+    """Weights in the order in which a step reads them, in four streams. Reserved memory costs nothing.
+
+    Where more than was reserved is wanted, it goes on in another stretch of memory.
+    """
 
     def __init__(self, reserve: int) -> None:
-        self.stride = aligned(-(-reserve // STREAMS)) + AHEAD  # bytes from stream to stream
-        size = STREAMS * self.stride + HUGE
+        self._reserve = reserve
+        self._stretch = _Stretch(reserve)
+
+    def room(self, blocks: int, size: int) -> Tensor:
+        """Zeros, uint8 [blocks / 4, 4, size]: block b is number b // 4 of stream b % 4."""
+        if size % ALIGN:
+            raise ValueError(f"blocks of {size} bytes do not end at a cache line")
+        count = -(-blocks // STREAMS)
+        if not self._stretch.fits(count * size):
+            self._stretch = _Stretch(max(self._reserve, STREAMS * count * size))
+        return self._stretch.take(count, size)
+
+    def hold(self, blocks: Tensor) -> Tensor:
+        """Copy uint8 [blocks, size] in."""
+        held = self.room(len(blocks), blocks.shape[1])
+        fill(held, 0, blocks)
+        return held
+
+
+def fill(held: Tensor, first: int, blocks: Tensor) -> None:
+    """Blocks from number `first` on, a multiple of four."""
+    for stream in range(STREAMS):
+        rows = blocks[stream::STREAMS]
+        held[first // STREAMS :][: len(rows), stream] = rows
+
+
+class _Stretch:
+    """One piece of memory. What `take` gives keeps it alive."""
+
+    def __init__(self, reserve: int) -> None:
+        self._stride = aligned(-(-reserve // STREAMS)) + AHEAD  # bytes from stream to stream
+        size = STREAMS * self._stride + HUGE
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        self._map = mmap.mmap(-1, size, **private)  # shared memory gets no huge pages
+        memory = mmap.mmap(-1, size, **private)  # shared memory gets no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._start = -self._bytes.data_ptr() % HUGE
         self._used = 0  # of each stream
 
-    def hold(self, blocks: Tensor) -> Tensor:
-        """Copy uint8 [blocks, bytes] in: a view [blocks / 4, 4, bytes], filled up with blocks of zeros."""
-        count, size = -(-blocks.shape[0] // STREAMS), blocks.shape[1]
+    def fits(self, size: int) -> bool:
+        return self._used + size <= self._stride - AHEAD
+
+    def take(self, count: int, size: int) -> Tensor:
         start, self._used = self._start + self._used, self._used + count * size
-        if size % ALIGN or self._used > self.stride - AHEAD:
-            raise MemoryError(f"{list(blocks.shape)} do not fit into what was reserved for the weights")
-        held = torch.as_strided(self._bytes, (count, STREAMS, size), (size, self.stride, 1), start)
-        for stream in range(STREAMS):
-            rows = blocks[stream::STREAMS]
-            held[: len(rows), stream] = rows
-        return held
+        return torch.as_strided(self._bytes, (count, STREAMS, size), (size, self._stride, 1), start)
 
 
 def words(count: int) -> NDArray[np.int64]:

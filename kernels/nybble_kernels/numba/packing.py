@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nybble_kernels.numba.layout import ROWS, SUB, Format
+from nybble_kernels.numba.arena import Arena, fill
+from nybble_kernels.numba.layout import ROWS, STREAMS, SUB, Format
 from nybble_kernels.quantized import QuantizedTensor
+
+PIECE = 64 * ROWS * STREAMS  # rows that are packed at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,31 +51,39 @@ class Packed:
         return -(-self.outputs // ROWS)
 
 
-def pack(weight: QuantizedTensor) -> Packed:
-    """Lossless: `unpack(pack(w))` has the values of `w`."""
+def pack(weight: QuantizedTensor, arena: Arena | None = None) -> Packed:
+    """Lossless: `unpack(pack(w))` has the values of `w`. Some rows at a time: on the way they take memory."""
     group = min(weight.group_size, weight.in_features)
     groups = weight.scales.shape[1]
     subs = -(-group // SUB)
     form = _format(weight)
     places = _columns_of_codes(weight, groups, group, subs)
-    columns = _columns(weight, places)
-    codes = _spread(weight.codes, places)
-    blocks = -(-weight.out_features // ROWS)
-    parts = (_pack_codes(codes, form, blocks), *_pack_groups(weight, form, blocks))
-    data = torch.cat([p.reshape(blocks, -1) for p in parts], dim=1)
-    data = F.pad(data, (0, form.block_bytes(groups, subs) - data.shape[1]))
+    blocks, size = -(-weight.out_features // ROWS), form.block_bytes(groups, subs)
+    room = torch.zeros(-(-blocks // STREAMS), STREAMS, size, dtype=torch.uint8)
+    data = room if arena is None else arena.room(blocks, size)
+    for first in range(0, weight.out_features, PIECE):
+        rows = weight.rows(first, first + PIECE)
+        fill(data, first // ROWS, _blocks(rows, form, _spread(rows.codes, places), size))
     return Packed(
-        data,
+        data if arena else data.flatten(0, 1)[:blocks],
         form,
         *weight.shape,
         groups,
         subs,
-        columns,
+        _columns(weight, places),
         weight.bits,
         weight.group_size,
         weight.symmetric,
         weight.permutation,
     )
+
+
+def _blocks(rows: QuantizedTensor, form: Format, codes: Tensor, size: int) -> Tensor:
+    """uint8 [blocks, size]."""
+    blocks = -(-rows.out_features // ROWS)
+    parts = (_pack_codes(codes, form, blocks), *_pack_groups(rows, form, blocks))
+    data = torch.cat([p.reshape(blocks, -1) for p in parts], dim=1)
+    return F.pad(data, (0, size - data.shape[1]))
 
 
 def unpack(packed: Packed) -> QuantizedTensor:

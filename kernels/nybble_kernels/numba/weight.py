@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nybble_kernels.numba.arena import Arena
+from nybble_kernels.numba.arena import Arena, fill
 from nybble_kernels.numba.frame import Code, record
 from nybble_kernels.numba.gemv_float import float_name
 from nybble_kernels.numba.layout import ROWS, STREAMS, SUB, TILES, Format, aligned
 from nybble_kernels.numba.machine import Kernels
-from nybble_kernels.numba.packing import Packed, pack, unpack
+from nybble_kernels.numba.packing import PIECE, Packed, pack, unpack
 from nybble_kernels.quantized import QuantizedTensor, Weight, dense, shape_of
 
 
@@ -134,14 +134,18 @@ class FloatWeight:
 def hold(weight: Weight, arena: Arena) -> QuantizedWeight | FloatWeight:
     """Pack a weight into the arena; 8-bit floats as bfloat16, for which there is a product."""
     if isinstance(weight, QuantizedTensor):
-        packed = pack(weight)
-        return QuantizedWeight(replace(packed, data=arena.hold(packed.data)))
+        return QuantizedWeight(pack(weight, arena))
     outputs, inputs = weight.shape
-    blocks, size = -(-outputs // ROWS), aligned(2 * ROWS * inputs)
-    rows = torch.zeros(blocks * ROWS, inputs, dtype=torch.bfloat16)
-    rows[:outputs] = dense(weight, torch.bfloat16)
-    columns = rows.view(blocks, ROWS, inputs).transpose(1, 2).flatten(1).view(torch.uint8)
-    return FloatWeight(arena.hold(F.pad(columns, (0, size - columns.shape[1]))), outputs, inputs)
+    size = aligned(2 * ROWS * inputs)
+    data = arena.room(-(-outputs // ROWS), size)
+    for first in range(0, outputs, PIECE):
+        stop = first + PIECE
+        rows = weight[first:stop] if isinstance(weight, Tensor) else weight.rows(first, stop)
+        values = dense(rows, torch.bfloat16)
+        values = F.pad(values, (0, 0, 0, -len(values) % ROWS)).view(-1, ROWS, inputs)
+        columns = values.transpose(1, 2).flatten(1).view(torch.uint8)
+        fill(data, first // ROWS, F.pad(columns, (0, size - columns.shape[1])))
+    return FloatWeight(data, outputs, inputs)
 
 
 def packed_bound(weight: Weight) -> int:

@@ -56,6 +56,10 @@ class Gguf:
         self._family = next(f for f in FAMILIES if ARCHITECTURES[self._architecture] in f.architectures)
         self._stored = _stored_names(self._family, self.config["num_hidden_layers"])
 
+    def release(self) -> None:
+        """Pages of the file that were read count as memory of the process until it is mapped anew."""
+        self._bytes = np.memmap(self.path, mode="r")
+
     def _known_architecture(self) -> str:
         found = str(self.metadata.get("general.architecture"))
         if found not in ARCHITECTURES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -11,14 +12,14 @@ from nybble.engine.bandwidth import available_memory, read_bandwidth
 from nybble.engine.built import Built, Timer, scheme_name
 from nybble.engine.cpu_runner import CpuRunner
 from nybble.errors import UsageError
-from nybble_kernels.quantized import QuantizedTensor, Weight
+from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
 from nybble_kernels.torch_cpu import quantize_rows
 from nybble_models import paged
 from nybble_models.loader import Loader
 from nybble_models.plan import MemoryPlan
 from nybble_models.prefill import Prefill, Step
 from nybble_models.spec import ModelSpec
-from nybble_models.weights import Weights
+from nybble_models.weights import Block, Weights
 
 WIDTHS = (3, 4, 5, 6, 8)  # of weights that are worth choosing: a step reads each in so many bits
 HEAD_GROUP = 32  # inputs that share a scale in an 8-bit head
@@ -38,14 +39,17 @@ def cache_limits(config: ServeConfig) -> dict[str, int]:
 def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer) -> Built:
     threads = config.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    weights = timer("load", lambda: loader.load(timer.inside("load")))
     kv = paged.allocate(loader.spec, planned.kv_tokens // config.block_size, config.block_size)
+    weights = timer("load", loader.frame)
+    blocks = Passing(loader, timer.inside("pack"))
     head = head_of(weights, config)
-    kernels, step = timer("pack", lambda: make_step(config, loader.spec, weights, kv, head, threads))
-    if isinstance(head, QuantizedTensor) and weights.head is not None:
-        weights.head.weight = head
+    kernels, step = timer(
+        "pack", lambda: make_step(config, loader.spec, weights, kv, head, threads, blocks, planned.weights)
+    )
+    held = dict(step.weight_bytes_per_step) | table_bytes(weights, head)
+    forget(weights, head, packed=kernels.startswith("numba"))
     prefill = Prefill(loader.spec, weights, step, kv, prefill_dtype(config, kernels))
-    runner = CpuRunner(step, prefill, max_batch=config.max_num_seqs, weight_bytes=weights.nbytes())
+    runner = CpuRunner(step, prefill, max_batch=config.max_num_seqs, weight_bytes=held)
     timer("warm-up", lambda: warm_up(runner))
     dtype = str(prefill.dtype or torch.float32).removeprefix("torch.")
     return Built(
@@ -53,7 +57,7 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
         device="cpu",
         kernels={"decode": kernels, "prefill": f"torch {dtype}" if prefill.dtype else kernels},
         dtype=dtype,
-        scheme=scheme_name(weights.blocks, loader),
+        scheme=blocks.scheme,
         weight_bytes=dict(step.weight_bytes_per_step),
         kv_bytes_per_token=paged.bytes_per_token(loader.spec),
         bandwidth=timer("bandwidth", lambda: read_bandwidth(threads)),
@@ -74,17 +78,65 @@ def head_of(weights: Weights, config: ServeConfig) -> Weight:
     return quantize_rows(stored, HEAD_GROUP if grouped else None)
 
 
+class Passing:
+    """Blocks as they are loaded, and what the quantized linears among them are."""
+
+    def __init__(self, loader: Loader, progress: Callable[[float], None]) -> None:
+        self._loader, self._progress = loader, progress
+        self.scheme = "none"
+
+    def __iter__(self) -> Iterator[Block]:
+        for block in self._loader.blocks(self._progress):
+            if self.scheme == "none":
+                self.scheme = scheme_name([block], self._loader)
+            yield block
+
+
+def table_bytes(weights: Weights, head: Weight) -> dict[str, int]:
+    """What a step holds and does not read whole: positions, and an embedding that is not the head."""
+    shared = weights.head is None and isinstance(head, QuantizedTensor)
+    tables = [None if shared else weights.embed, weights.positions]
+    return {"embedding": sum(table.nbytes for table in tables if table is not None)}
+
+
+def forget(weights: Weights, head: Weight, *, packed: bool) -> None:
+    """Let go of matrices of which the step holds its own copy; `packed`: of the embedding too."""
+    if not isinstance(head, QuantizedTensor):
+        return
+    if weights.head is not None:
+        weights.head.weight = head
+    elif packed:
+        weights.embed = torch.empty(shape_of(weights.embed), device="meta")
+
+
 def make_step(
-    config: ServeConfig, spec: ModelSpec, weights: Weights, kv: torch.Tensor, head: Weight, threads: int
+    config: ServeConfig,
+    spec: ModelSpec,
+    weights: Weights,
+    kv: torch.Tensor,
+    head: Weight,
+    threads: int,
+    blocks: Iterable[Block],
+    reserve: int,
 ) -> tuple[str, Step]:
     """The decode step by name of its kernels; "auto" takes the compiled one where it runs."""
     if config.kernels in ("auto", "numba"):
         from nybble_models.program import build_program
 
-        program = build_program(spec, weights, kv, head=head, threads=threads, max_batch=config.max_num_seqs)
+        program = build_program(
+            spec,
+            weights,
+            kv,
+            head=head,
+            threads=threads,
+            max_batch=config.max_num_seqs,
+            blocks=blocks,
+            reserve=reserve,
+        )
         return f"numba {program.isa}", program
     from nybble_models.torch_step import TorchStep
 
+    weights.blocks += blocks
     if config.kernels == "reference":
         return "reference float32", TorchStep.reference(spec, weights, kv, head)
     return "torch int4", TorchStep(spec, weights, kv, head)
