@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from nybble_models.spec import ModelSpec
 
-ROWS = 16  # queries and keys are padded to whole tiles of this: see `PagedCache.attend`
+ROWS = 16  # a prompt's rows are padded to whole tiles of this, for the sake of BLAS
+TILE = 64  # positions whose queries attend in one call: see `PagedCache.attend`
 
 
 def allocate(spec: ModelSpec, blocks: int, block_size: int) -> Tensor:
@@ -31,49 +32,65 @@ def bytes_per_token(spec: ModelSpec, bits: int = 16) -> int:
 class PagedCache:
     """A sequence's view of the cache while a chunk of its prompt runs, positions `[start, start + count)`."""
 
-    def __init__(self, spec: ModelSpec, kv: Tensor, table: Sequence[int], start: int, count: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, kv: Tensor, table: Sequence[int], start: int, count: int, tile: int = TILE
+    ) -> None:
         block_size = kv.shape[3]
         used = -(-(start + count) // block_size)
         self.scale = spec.attention_scale
         self.kv = kv
         self.start = start
         self.count = count
+        self.tile = tile
         self.blocks = torch.tensor(table[:used], dtype=torch.int64)
         positions = torch.arange(start, start + count)
         self.rows = self.blocks[positions // block_size], positions % block_size
-        self.masks: dict[int | None, Tensor] = {}
+        self.masks: dict[tuple[int, int | None], Tensor] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-        """Store the chunk, then attend over everything stored.
+        """Store the chunk, then attend over everything stored. Rows past `count` are padding.
 
-        Rows past `count` are padding. Keys are read back from the cache, in whole blocks: a row sees the same
-        bfloat16 numbers in the same order however its prompt is cut into chunks.
+        Keys are read back from the cache, and queries attend in tiles of so many positions, counted from the
+        sequence's first and filled up with zeros: a row sees the same bfloat16 numbers in the same order, in a
+        call of the same shape, however its prompt is cut into chunks.
         """
-        held = self.kv[layer]
-        blocks, slots = self.rows
+        held, (blocks, slots) = self.kv[layer], self.rows
         held[blocks, 0, slots] = key[: self.count].bfloat16()
         held[blocks, 1, slots] = value[: self.count].bfloat16()
-        keys, values = held[self.blocks].unbind(1)  # [B, block_size, G, E] each
-        keys, values = (t.flatten(0, 1).float().transpose(0, 1) for t in (keys, values))  # [G, L, E]
-        values = values.clone()
-        values[:, self.start + self.count :] = 0  # whatever a former holder left there
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(0, 1).unsqueeze(0),
-            keys.unsqueeze(0),
-            values.unsqueeze(0),
-            attn_mask=self._mask(query.shape[0], keys.shape[1], window),
-            scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return mixed[0].transpose(0, 1)
+        stop = self.start + self.count
+        tiles = range(self.start // self.tile, -(-stop // self.tile))
+        stored = held[self.blocks].transpose(1, 2).flatten(0, 1)[:stop].float()  # [L, 2, G, E]
+        both = F.pad(stored, (0, 0) * 3 + (0, tiles.stop * self.tile - stop)).permute(1, 2, 0, 3)
+        mixed = torch.zeros_like(query)
+        for tile in tiles:
+            first, end = tile * self.tile, (tile + 1) * self.tile
+            low, high = max(first, self.start), min(end, stop)
+            queries = query.new_zeros(self.tile, *query.shape[1:])
+            queries[low - first : high - first] = query[low - self.start : high - self.start]
+            made = self._attend(queries, both[:, :, :end], self._mask(tile, window))
+            mixed[low - self.start : high - self.start] = made[low - first : high - first]
+        return mixed
 
-    def _mask(self, rows: int, length: int, window: int | None) -> Tensor:
-        """Additive mask [rows, length]: a row sees itself and what came before, within the window."""
-        if window not in self.masks:
-            row = torch.arange(self.start, self.start + rows)[:, None]
-            column = torch.arange(length)[None]
+    def _attend(self, queries: Tensor, both: Tensor, mask: Tensor) -> Tensor:
+        """[rows, H, E], [2, G, L, E], [rows, L] -> [rows, H, E]."""
+        made = F.scaled_dot_product_attention(
+            queries.transpose(0, 1)[None],
+            both[None, 0],
+            both[None, 1],
+            attn_mask=mask,
+            scale=self.scale,
+            enable_gqa=queries.shape[1] != both.shape[1],
+        )
+        return made[0].transpose(0, 1)
+
+    def _mask(self, tile: int, window: int | None) -> Tensor:
+        """Additive mask [rows of a tile, L]: a row sees itself and what came before, within the window."""
+        size = self.tile
+        if (tile, window) not in self.masks:
+            row = torch.arange(tile * size, (tile + 1) * size)[:, None]
+            column = torch.arange((tile + 1) * size)[None]
             hidden = column > row
             if window is not None:
                 hidden |= column <= row - window
-            self.masks[window] = torch.zeros(rows, length).masked_fill_(hidden, float("-inf"))
-        return self.masks[window]
+            self.masks[tile, window] = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        return self.masks[tile, window]

@@ -48,7 +48,7 @@ class BatchCache:
     def __init__(self, spec: ModelSpec, kv: Tensor, positions: Sequence[int], tables: Tensor) -> None:
         self.start = 0
         self.sequences = [
-            PagedCache(spec, kv, table.tolist(), position, 1)
+            PagedCache(spec, kv, table.tolist(), position, 1, tile=1)
             for position, table in zip(positions, tables, strict=True)
         ]
 

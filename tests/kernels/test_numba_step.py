@@ -130,7 +130,7 @@ def test_weights_come_back_bit_for_bit(weight: QuantizedTensor, threads: int) ->
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("rows", [1, 7, 300])
 def test_products_of_a_prompt_are_those_of_a_step(rows: int, threads: int) -> None:
-    """Partners of several kinds, in pieces of 256 rows: each row as it would be alone."""
+    """Partners of several kinds, in pieces of 64 rows: each row as it would be alone."""
     spec = tiny_spec("llama")
     weights = tiny_weights(spec)
     linears = weights.blocks[1].linears

@@ -72,6 +72,22 @@ def test_prefill_in_chunks_is_bit_equal(family: str, cuts: tuple[int, ...]) -> N
     assert torch.equal(cut.kv, whole.kv)
 
 
+def test_a_long_prompt_attends_in_pieces_and_is_bit_equal_however_it_is_cut() -> None:
+    spec = tiny_spec("llama", max_position_embeddings=512)
+    weights = tiny_weights(spec, group_size=32)
+    program, kv = program_of(spec, weights, blocks=20, block_size=BLOCK)
+    prefill, tokens, table = (
+        Prefill(spec, weights, program, kv.fill_(0), None),
+        tokens_of(300),
+        list(range(20)),
+    )
+    whole = prefill.run(tokens, 0, table)
+    expected = Decoder(spec, weights).forward(torch.tensor(tokens))
+    assert relative_rmse(prefill.logits(whole), expected) < TOLERANCE["whole step"]
+    cut = [prefill.run(tokens[a:b], a, table) for a, b in ((0, 70), (70, 290), (290, 300))]
+    assert torch.equal(torch.cat(cut), whole)
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_decode_continues_a_prefill(family: str) -> None:
     decoder, step, prefill = runners(family)
