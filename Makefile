@@ -15,6 +15,9 @@ DEVICE_TRITON := $(VENV)/triton-3.6
 # Environments of other programs that read what we write, each of its own.
 REFEREES := .venv-referees
 
+# Environments of the programs that ours is measured beside, which benchmarks/peers/run.py makes.
+PEERS := .venv-peers
+
 # Measuring needs torch and triton, and nothing of ours installed.
 MEASURING = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
@@ -22,7 +25,7 @@ MEASURING = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help install serve test fix bench gpu gpu-dry referees clean
+.PHONY: help install serve test fix bench gpu gpu-dry referees peers clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -55,8 +58,11 @@ gpu-dry:  ## the same program on tiny sizes without a GPU: proves that every par
 referees: $(VENV)/.installed $(REFEREES)/a/.installed $(REFEREES)/b/.installed  ## other programs read what we write, and we read what they write (ARGS=)
 	@exec $(BIN)/python benchmarks/referees/run.py --env-a $(REFEREES)/a --env-b $(REFEREES)/b $(ARGS)
 
+peers: $(VENV)/.installed  ## measure ours beside llama.cpp and others, in turn; installs them first (ARGS=)
+	@exec $(BIN)/python benchmarks/peers/run.py --build --environments $(PEERS) $(ARGS)
+
 clean:  ## remove .venv, build results and tool caches
-	rm -rf $(VENV) $(REFEREES) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(REFEREES) $(PEERS) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -50,8 +50,8 @@ class PagedCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
         """Store the chunk, then attend over everything stored. Rows past `count` are padding.
 
-        Keys are read back from the cache, and queries attend in tiles of so many positions, counted from the
-        sequence's first and filled up with zeros: a row sees the same bfloat16 numbers in the same order, in a
+        Keys are read back from the cache, and queries attend in tiles of positions, counted from the
+        first of all and filled up with zeros: a row sees the same bfloat16 numbers in the same order, in a
         call of the same shape, however its prompt is cut into chunks.
         """
         held, (blocks, slots) = self.kv[layer], self.rows

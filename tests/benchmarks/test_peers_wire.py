@@ -54,6 +54,10 @@ def test_an_event_arrives_with_its_last_byte(frame: object) -> None:
     assert answer.rate == pytest.approx(4 / (ends[1] - ends[0]))
 
 
+def test_an_answer_in_one_piece_has_a_rate() -> None:
+    assert read(Reply(0.5, [(1.0, plain(EVENTS))])).rate == 5 / 0.5
+
+
 def test_chunks_need_not_be_events() -> None:
     whole = b"".join(EVENTS)
     parts = tuple(whole[i : i + 11] for i in range(0, len(whole), 11))
