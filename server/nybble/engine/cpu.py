@@ -39,6 +39,7 @@ def cache_limits(config: ServeConfig) -> dict[str, int]:
 def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer) -> Built:
     threads = config.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
+    bandwidth = timer("bandwidth", lambda: read_bandwidth(threads))  # first, as its probe takes memory
     kv = paged.allocate(loader.spec, planned.kv_tokens // config.block_size, config.block_size)
     weights = timer("load", loader.frame)
     blocks = Passing(loader, timer.inside("pack"))
@@ -60,7 +61,7 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
         scheme=blocks.scheme,
         weight_bytes=dict(step.weight_bytes_per_step),
         kv_bytes_per_token=paged.bytes_per_token(loader.spec),
-        bandwidth=timer("bandwidth", lambda: read_bandwidth(threads)),
+        bandwidth=bandwidth,
     )
 
 
