@@ -14,7 +14,7 @@ from typing import Any
 from processes import Process, Worker
 from subjects import MODEL, PORT, Library, Server, Subject
 from texts import Text, Texts
-from wire import Answer, Failed, answers, ask
+from wire import Answer, Failed, answers, ask, together
 
 from nybble.bench.summary import quantile
 
@@ -142,8 +142,7 @@ class OverHttp:
         )
         if self.subject.streams > 1:
             done = self._ask(texts.streams(self.subject.streams), self.amount.tokens)
-            wall = max(each.arrivals[-1] for each in done) - min(each.sent for each in done)
-            self.found.add({"streams": sum(each.tokens for each in done) / wall})
+            self.found.add({"streams": together(done)})
 
     def finish(self) -> None:
         """Nothing is left to ask."""

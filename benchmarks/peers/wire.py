@@ -107,6 +107,20 @@ class Answer:
         return (self.tokens - 1) / (last - first) if last > first else self.tokens / (last - self.sent)
 
 
+def together(answers: Sequence[Answer]) -> float:
+    """Tokens a second of several answers while all of them run: their prompts are not what is measured.
+
+    Where they never all run, of the whole time.
+    """
+    begin = max(each.arrivals[0] for each in answers)
+    end = min(each.arrivals[-1] for each in answers)
+    if end <= begin:
+        wall = max(each.arrivals[-1] for each in answers) - min(each.sent for each in answers)
+        return sum(each.tokens for each in answers) / wall
+    pieces = [sum(begin < at <= end for at in each.arrivals) / len(each.arrivals) for each in answers]
+    return sum(part * each.tokens for part, each in zip(pieces, answers, strict=True)) / (end - begin)
+
+
 def read(reply: Reply) -> Answer:
     """Raises `Failed` for a refusal, an error event, or no text at all."""
     arrivals, text, counted = [], [], None

@@ -41,6 +41,10 @@ class Step(Protocol):
 
     weight_bytes_per_step: dict[str, int]
 
+    def head(self, x: Tensor) -> Tensor:
+        """float32 [T, D] -> logits [T, V], a bias aside."""
+        ...
+
     def step(self, tokens: Ints, positions: Ints, tables: Ints, logits: Floats) -> None:
         """int32 [B], int32 [B], int32 [B, blocks] -> float32 [B, V], written in place."""
         ...
@@ -125,6 +129,9 @@ class Prefill(Decoder):
         """Final norm and head over [T, D], rows padded like those of a prompt."""
         count, head = x.shape[0], self.weights.head
         x = F.pad(self.norm(self.weights.final_norm, x), (0, 0, 0, -count % ROWS))
+        if self.dtype is None:
+            logits = self.steps.head(x)[:count]
+            return logits if head is None or head.bias is None else logits + head.bias
         if head is not None:
             return reference.linear(x, head.weight, head.bias)[:count]
         return F.linear(x, self.steps.embedding(torch.arange(self.spec.vocab_size)))[:count]

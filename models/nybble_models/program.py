@@ -11,7 +11,7 @@ from nybble_kernels.numba.arena import Arena
 from nybble_kernels.numba.builder import LOGITS, Attention, Buffer, ProgramBuilder
 from nybble_kernels.numba.compiled import compiled_step, kernels
 from nybble_kernels.numba.isa import choose
-from nybble_kernels.numba.program import DecodeProgram, Limits
+from nybble_kernels.numba.program import DecodeProgram, Limits, Tables
 from nybble_kernels.numba.weight import HeldWeight, hold, packed_bound
 from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_models.rotary import rotary_table
@@ -46,11 +46,11 @@ def build_program(
         run = aside.submit(compiled_step, progress)
         arena = Arena(_reserve(weights, head) + reserve)
         writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, max_batch), kv)
-        embedding = writer.write(head, weights.blocks if blocks is None else _hollowed(blocks, weights))
+        tables = writer.write(head, weights.blocks if blocks is None else _hollowed(blocks, weights))
         limits = Limits(spec.vocab_size, spec.max_positions, lambda position: _kv_bytes(spec, position))
         step = run.result()
     return DecodeProgram(
-        writer.builder, step, kv, writer.linears, embedding, spec.hidden_size, limits, max(1, threads)
+        writer.builder, step, kv, writer.linears, tables, spec.hidden_size, limits, max(1, threads)
     )
 
 
@@ -97,8 +97,8 @@ class _Writer:
         self.first = builder.buffer(spec.intermediate_size * (2 if spec.gated else 1))
         self.inner = builder.buffer(spec.intermediate_size)
 
-    def write(self, head: Weight, blocks: Iterable[Block]) -> Tensor | HeldWeight:
-        """The whole step; returns the embedding as it will be read."""
+    def write(self, head: Weight, blocks: Iterable[Block]) -> Tables:
+        """The whole step; returns the head and the embedding as they will be read."""
         builder, spec = self.builder, self.spec
         for layer, block in enumerate(blocks):
             self._attention(layer, block)
@@ -110,7 +110,7 @@ class _Writer:
         ops, builder.ops = builder.ops, []
         builder.embed(self.x, embedding, self.weights.positions, spec.position_offset)
         builder.ops += ops
-        return embedding
+        return Tables(held, embedding)
 
     def _table(self, head: HeldWeight) -> Tensor | HeldWeight:
         """The embedding: the packed head that is tied to it, levels of its own, or floats as stored."""

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from wire import Failed, Reply, answers, ask, exchange, post, read
+from wire import Answer, Failed, Reply, answers, ask, exchange, post, read, together
 
 from support_process import fake_server
 
@@ -114,3 +114,11 @@ def test_a_line_that_breaks_is_no_answer() -> None:
         with pytest.raises(Failed, match="without an answer"):
             ask(rude.getsockname()[1], "/", [{"prompt": "x" * 1000}])
         thread.join()
+
+
+def test_streams_are_counted_while_all_run() -> None:
+    early = Answer(0.0, tuple(1.0 + 0.5 * i for i in range(9)), 9, "")  # 1 to 5 s, two a second
+    late = Answer(0.0, tuple(3.0 + 0.5 * i for i in range(9)), 18, "")  # 3 to 7 s, two tokens a piece
+    assert together([early, late]) == pytest.approx((4 + 2 * 4) / 2)
+    after = Answer(0.0, (8.0, 9.0), 2, "")
+    assert together([early, after]) == pytest.approx(11 / 9)

@@ -88,9 +88,7 @@ def here(form: Format, held: QuantizedWeight, x: torch.Tensor, stride: int) -> N
     return y
 
 
-@pytest.mark.parametrize(
-    ("bits", "kind"), [(3, "minimums"), (4, "zeros"), (5, "zeros"), (6, "minimums"), (8, "zeros")]
-)
+@pytest.mark.parametrize(("bits", "kind"), [(4, "zeros"), (7, "minimums"), (8, "zeros")])
 def test_neon_gives_the_bits_of_this_machine(tmp_path: Path, bits: int, kind: str) -> None:
     weight = quantized(OUTPUTS, INPUTS, bits, 64, kind)
     if kind == "zeros":  # the others keep float32 scales

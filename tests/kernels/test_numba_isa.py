@@ -15,7 +15,7 @@ from nybble_kernels.numba.isa import AVX2, AVX512_VNNI, AVX_VNNI, NEON, PLAIN, I
 from nybble_kernels.numba.layout import Format
 from nybble_kernels.numba.machine import Target, assembly
 
-FORMS = Format(4, half=True, minimum=False), Format(6, half=False, minimum=False), Format(8, False, True)
+FORMS = Format(6, half=True, minimum=False), Format(8, half=False, minimum=True)
 X86, ARM, MACOS = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu", "arm64-apple-macosx"
 
 

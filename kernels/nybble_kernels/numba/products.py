@@ -44,22 +44,22 @@ class Products:
     def _records(self, parts: Sequence[HeldWeight], x: Tensor, out: Tensor) -> list[list[int]]:
         ops: list[list[int]] = []
         before: HeldWeight | None = None
-        column, stride = 0, 4 * x.stride(0)
+        column, plain = 0, (x.data_ptr(), 4 * x.stride(0))
+        room = self._room(max(part.width for part in parts))
         for part in parts:
-            source = x.data_ptr(), stride
             if part.integer:
-                source = self._room(part.width)
+                source = room, aligned(activation_bytes(part.width))
                 if before is None or before.width != part.width or before.columns is not part.columns:
-                    ops.append(quantize_record(self._kernels, part, (x.data_ptr(), stride, *source)))
+                    ops.append(quantize_record(self._kernels, part, (*plain, *source)))
                 before = part
             target = out.data_ptr() + 4 * column, 4 * out.stride(0)
-            ops.append(part.gemv_record(self._kernels, (*source, *target, 0, 0)))
+            ops.append(part.gemv_record(self._kernels, (*(source if part.integer else plain), *target, 0, 0)))
             column += part.outputs
         return ops
 
-    def _room(self, width: int) -> tuple[int, int]:
-        """Where rounded activations go, and the bytes between rows."""
-        stride = aligned(activation_bytes(width))
-        if 8 * len(self._rounded) < ROWS * stride:
-            self._rounded = words(ROWS * stride // 8)
-        return int(self._rounded.ctypes.data), stride
+    def _room(self, width: int) -> int:
+        """Address of memory for rounded rows of this width; what was given before is not kept."""
+        size = ROWS * aligned(activation_bytes(width)) // 8
+        if len(self._rounded) < size:
+            self._rounded = words(size)
+        return int(self._rounded.ctypes.data)

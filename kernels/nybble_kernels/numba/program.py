@@ -35,6 +35,14 @@ class Limits:
     kv_bytes: Callable[[int], int]  # of a step at a position
 
 
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """The output matrix, and the embedding: the same where they are tied, or numbers as stored."""
+
+    head: HeldWeight
+    embedding: Tensor | HeldWeight
+
+
 class PackedLinear:
     """A projection, or partners stacked, as the program holds it."""
 
@@ -72,7 +80,7 @@ class DecodeProgram:
         run: Run,
         kv: Tensor,
         linears: Mapping[tuple[int, str], Sequence[HeldWeight]],
-        embedding: Tensor | HeldWeight,
+        tables: Tables,
         width: int,
         limits: Limits,
         threads: int,
@@ -89,7 +97,8 @@ class DecodeProgram:
         self._workers = Workers(run, self._frame, threads)
         self.threads = self._workers.count + 1
         self._workers.add(builder.ops)
-        self._embed = self._embedding_program(embedding)
+        self._head = tables.head
+        self._embed = self._embedding_program(tables.embedding)
         self._dequantize = self._workers.add([[0] * RECORD] * PARTS)
         self.products = Products(builder.kernels, self._workers, PRODUCTS)
         self._linears = {place: tuple(parts) for place, parts in linears.items()}
@@ -158,6 +167,10 @@ class DecodeProgram:
             raise ValueError(f"positions must be in [0, {reach})")
         if tables.min() < 0 or tables.max() >= self._kv.shape[1]:
             raise ValueError(f"blocks must be in [0, {self._kv.shape[1]})")
+
+    def head(self, x: Tensor) -> Tensor:
+        """float32 [T, D] -> logits [T, V] as a step computes them, a bias aside."""
+        return PackedLinear(self, [self._head]).multiply(x)
 
     def linear(self, layer: int, name: str) -> PackedLinear:
         """ "qkv", "o", "gate_up" (or "up") or "down" of a layer."""
