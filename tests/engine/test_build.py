@@ -96,9 +96,13 @@ def test_prompt_logprobs_follow_the_reference(folder: Path, kernels: str) -> Non
     loader = Loader(Checkpoint(folder))
     logits = Decoder(loader.spec, loader.load()).forward(torch.tensor(prompt)).log_softmax(-1)
     assert scored is not None
+    missed = []
     for position, each in enumerate(scored[1:]):
         assert each is not None
-        assert each.logprob == pytest.approx(float(logits[position, each.token]), abs=0.25)
+        missed.append(each.logprob - float(logits[position, each.token]))
+    spread = float(logits.std())  # 8-bit activations, and a head of 8 bits, are about 1 % of it
+    assert float(torch.tensor(missed).square().mean().sqrt()) < 0.02 * spread
+    assert max(map(abs, missed)) < 0.06 * spread
 
 
 def test_unquantized_folders_are_served_as_they_are(tmp_path: Path, kernels: str) -> None:
