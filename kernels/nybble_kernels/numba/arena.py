@@ -34,12 +34,6 @@ class Arena:
             self._stretch = _Stretch(max(self._reserve, STREAMS * count * size))
         return self._stretch.take(count, size)
 
-    def hold(self, blocks: Tensor) -> Tensor:
-        """Copy uint8 [blocks, size] in."""
-        held = self.room(len(blocks), blocks.shape[1])
-        fill(held, 0, blocks)
-        return held
-
 
 def fill(held: Tensor, first: int, blocks: Tensor) -> None:
     """Blocks from number `first` on, a multiple of four."""

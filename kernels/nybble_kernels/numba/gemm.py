@@ -1,8 +1,7 @@
 """The products of `gemv` for more rows, where computing is the bound and not memory: the same numbers.
 
 Of a block, as many outputs as a vector has lanes are made at a time, so that their unpacked weights stay in
-registers while all rows of the tile use them. Activations whose words were repeated in every lane beforehand,
-to save an instruction each, were no faster on Zen 3.
+registers while all rows of the tile use them.
 """
 
 from __future__ import annotations

@@ -59,13 +59,15 @@ def pack(weight: QuantizedTensor, arena: Arena | None = None) -> Packed:
     form = _format(weight)
     places = _columns_of_codes(weight, groups, group, subs)
     blocks, size = -(-weight.out_features // ROWS), form.block_bytes(groups, subs)
-    room = torch.zeros(-(-blocks // STREAMS), STREAMS, size, dtype=torch.uint8)
-    data = room if arena is None else arena.room(blocks, size)
+    if arena is None:
+        data = torch.zeros(-(-blocks // STREAMS), STREAMS, size, dtype=torch.uint8)
+    else:
+        data = arena.room(blocks, size)
     for first in range(0, weight.out_features, PIECE):
         rows = weight.rows(first, first + PIECE)
         fill(data, first // ROWS, _blocks(rows, form, _spread(rows.codes, places), size))
     return Packed(
-        data if arena else data.flatten(0, 1)[:blocks],
+        data.flatten(0, 1)[:blocks] if arena is None else data,
         form,
         *weight.shape,
         groups,

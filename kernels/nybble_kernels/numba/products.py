@@ -15,8 +15,7 @@ from nybble_kernels.numba.weight import HeldWeight
 from nybble_kernels.numba.workers import Workers
 
 ROWS = 64
-"""At a time, so that rounded activations stay in a cache of the second level. On Zen 3, at 4 bits, 256 were a
-quarter slower."""
+"""At a time, so that rounded activations stay in a cache of the second level."""
 
 PARTS = 4  # weights that one linear may be stacked from
 

@@ -144,7 +144,7 @@ def make_step(
 
 
 def prefill_dtype(config: ServeConfig, kernels: str) -> torch.dtype | None:
-    """None, the compiled step's own products, unless floats are asked for; PyTorch's int4 op is slow here."""
+    """None, the compiled step's own products, unless floats are asked for; without it, float32."""
     if config.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
     return None if kernels.startswith("numba") else torch.float32
