@@ -17,7 +17,9 @@ from nybble.evaluation.evaluation import Result, evaluate, open_model, open_stre
 from nybble.evaluation.material import Choice, gather
 from nybble.evaluation.model import Model
 from nybble.evaluation.wikitext import fetch_wikitext
+from nybble_models.checkpoint import REPORT
 from nybble_models.hub import fetch, name_of
+from nybble_quantizers import papers
 from nybble_quantizers.calibrate import refuse_overlap
 from nybble_quantizers.corpus import locate
 from nybble_quantizers.journal import fingerprint, key_of
@@ -41,7 +43,6 @@ class Subject:
             refuse_overlap(locate(options.calibration), self.text)
         self.material = gather(self.source, Choice(self.text, options.windows, options.length))
         self.base = open_streamed(self.source, self._config(""), "reference", tell)
-        calibration = Path(options.calibration).name if options.calibration else "written by the model"
         self.common: Row = {
             "benchmark": "quality",
             "model": model if model == "default" else name_of(model),
@@ -50,7 +51,6 @@ class Subject:
             "length": self.material.length,
             "tokens": self.material.tokens,
             "text_sha256": self.material.text.sha256,
-            "calibration": calibration,
         }
         self.plain: float | None = None
 
@@ -89,7 +89,8 @@ class Subject:
         config = self._config(str(folder), self.options.head_bits)
         measured = open_model(self.options.engine, config, self.material, tell)
         reference = None if self.options.table else self.base
-        return self._row(method, evaluate(measured, reference, self.material, tell), started)
+        row = self._row(method, evaluate(measured, reference, self.material, tell), started)
+        return row | {"calibration": calibration_of(folder)}
 
     def given(self, folder: Path) -> Row:
         """A folder of the user's, which may have been calibrated on whatever text."""
@@ -129,6 +130,14 @@ class Subject:
             threads=options.threads,
             cache_dir=options.cache_dir,
         )
+
+
+def calibration_of(folder: Path) -> str | None:
+    """The text by name and size, as the folder's report has it; None: no text, or no report."""
+    if not (folder / REPORT).exists():
+        return None
+    text = papers.read(folder).calibration
+    return text and f"{text['origin']}, {text['samples']} x {text['length']}"
 
 
 def rounded(value: Any) -> Any:

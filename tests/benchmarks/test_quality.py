@@ -143,8 +143,9 @@ def test_a_folder_that_was_calibrated_on_the_judge_is_warned_of(
     base = write_checkpoint(tmp_path / "base", group_size=None)
     scheme = Scheme(group_size=32, samples=1, length=64)
     quantize(base, tmp_path / "quoting", scheme, calibration=str(tmp_path / "text.txt"))
-    run("--model", str(base), "--windows", "1", "--method", "--folder", str(tmp_path / "quoting"))
+    rows = run("--model", str(base), "--windows", "1", "--method", "--folder", str(tmp_path / "quoting"))
     assert "warning: " in capsys.readouterr().err
+    assert [row.get("calibration") for row in rows] == [None, "text.txt, 1 x 64"]
 
 
 def test_a_row_that_cannot_be_run_says_why_and_the_others_follow(
