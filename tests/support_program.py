@@ -39,8 +39,10 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float("inf") if value != value else value
 
 
-def builder(isa: str | None = None, rows: int = 8, reserve: int = 1 << 22) -> ProgramBuilder:
-    return ProgramBuilder(kernels(choose(isa)), Arena(reserve), rows)
+def builder(
+    isa: str | None = None, rows: int = 8, reserve: int = 1 << 22, threads: int = 1
+) -> ProgramBuilder:
+    return ProgramBuilder(kernels(choose(isa)), Arena(reserve, threads), rows)
 
 
 def fill(buffer: Buffer, values: Tensor) -> None:

@@ -44,14 +44,12 @@ def build_program(
     chosen = choose(isa)
     with ThreadPoolExecutor(1, "compile") as aside:  # while the kernels compile as their formats are met
         run = aside.submit(compiled_step, progress)
-        arena = Arena(_reserve(weights, head) + reserve)
+        arena = Arena(_reserve(weights, head) + reserve, max(1, threads))
         writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, max_batch), kv)
         tables = writer.write(head, weights.blocks if blocks is None else _hollowed(blocks, weights))
         limits = Limits(spec.vocab_size, spec.max_positions, lambda position: _kv_bytes(spec, position))
         step = run.result()
-    return DecodeProgram(
-        writer.builder, step, kv, writer.linears, tables, spec.hidden_size, limits, max(1, threads)
-    )
+    return DecodeProgram(writer.builder, step, kv, writer.linears, tables, spec.hidden_size, limits)
 
 
 def _hollowed(blocks: Iterable[Block], weights: Weights) -> Iterator[Block]:

@@ -79,12 +79,13 @@ def here(form: Format, held: QuantizedWeight, x: torch.Tensor, stride: int) -> N
     kernels = compiled.kernels(choose())
     round_row = CFUNCTYPE(None, c_void_p, c_void_p, c_long)(kernels["quantize_row"])
     multiply = CFUNCTYPE(None, *[c_void_p, c_long] * 3, c_long, c_long)(kernels.gemv(form, 1))
-    data, packed, row = held.packed.data, held.packed, words(stride // 8)
+    packed, row = held.packed, words(stride // 8)
     y = np.empty((BATCH, OUTPUTS), np.float32)
     for m in range(BATCH):
         round_row(x[m].data_ptr(), row.ctypes.data, INPUTS // SUB)
         sizes = packed.groups, packed.subs
-        multiply(data.data_ptr(), data.stride(1), row.ctypes.data, stride, y[m].ctypes.data, 0, *sizes)
+        start, _, stream, _ = packed.room.place
+        multiply(start, stream, row.ctypes.data, stride, y[m].ctypes.data, 0, *sizes)
     return y
 
 
@@ -97,7 +98,7 @@ def test_neon_gives_the_bits_of_this_machine(tmp_path: Path, bits: int, kind: st
     held = hold(weight, arena)
     assert isinstance(held, QuantizedWeight)
     form, x = held.packed.form, torch.randn(BATCH, INPUTS)
-    blocks, stride = held.packed.data[0].contiguous(), aligned(activation_bytes(INPUTS))
+    blocks, stride = held.packed.room.stored(), aligned(activation_bytes(INPUTS))
     head = blocks.numel(), blocks.shape[1], stride, held.packed.groups, held.packed.subs, INPUTS
     made = emulated(form, tmp_path, struct.pack("6q", *head) + blocks.numpy().tobytes() + x.numpy().tobytes())
     products = made[: len(TILES) * BATCH * OUTPUTS].reshape(len(TILES), BATCH, OUTPUTS)

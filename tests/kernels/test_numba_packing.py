@@ -38,7 +38,7 @@ def test_unpack_gives_back_what_was_packed(
     assert torch.equal(again.scales, q.scales)
     assert (again.bits, again.group_size, again.symmetric) == (bits, group, q.symmetric)
     assert torch.equal(again.dequantize(), q.dequantize())
-    assert packed.data.nbytes <= packed_bound(q)
+    assert packed.room.nbytes <= packed_bound(q)
 
 
 def test_codes_lie_where_the_layout_says() -> None:
@@ -47,9 +47,9 @@ def test_codes_lie_where_the_layout_says() -> None:
     codes[17, 32:36] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
     codes[17, 36:40] = torch.tensor([5, 6, 7, 8], dtype=torch.uint8)
     packed = pack(QuantizedTensor(codes, torch.ones(32, 1), 4, 64))
-    block = packed.data.view(2, -1)[1]
+    block = packed.room.stored()[1]
     assert block[256 + 4 : 256 + 8].tolist() == [0x51, 0x62, 0x73, 0x84]
-    assert int(packed.data.view(2, -1)[:, :512].count_nonzero()) == 4
+    assert int(packed.room.stored()[:, :512].count_nonzero()) == 4
 
 
 def test_planes_hold_the_low_bits_first() -> None:
@@ -58,7 +58,7 @@ def test_planes_hold_the_low_bits_first() -> None:
     codes[2, 4:8] = torch.tensor([0x15, 0x2A, 0x30, 0x3F], dtype=torch.uint8)  # word 1 of row 2
     codes[2, 28] = 0x21  # word 7
     packed = pack(QuantizedTensor(codes, torch.ones(16, 1), 6, 32))
-    words = packed.data[0, :384].view(6, 16, 4)[:, 2]
+    words = packed.room.stored()[0, :384].view(6, 16, 4)[:, 2]
     assert words[0].tolist() == [0x50, 0xA0, 0x00, 0xF0]
     assert words[3].tolist() == [0x10, 0, 0, 0]
     assert words[4].tolist() == [0x1 << 2, 0x2 << 2, 0x3 << 2, 0x3 << 2]
@@ -70,8 +70,8 @@ def test_wide_codes_are_stored_signed() -> None:
     codes = torch.full((16, 32), 128, dtype=torch.uint8)
     codes[3, 5] = 255
     packed = pack(QuantizedTensor(codes, torch.ones(16, 1), 8, 32))
-    assert packed.data.view(torch.int8)[0, 64 + 4 * 3 + 1] == 127
-    assert int(packed.data[0, :512].count_nonzero()) == 1
+    assert packed.room.stored().view(torch.int8)[0, 64 + 4 * 3 + 1] == 127
+    assert int(packed.room.stored()[0, :512].count_nonzero()) == 1
 
 
 @pytest.mark.parametrize(("value", "half"), [(0.5, True), (0.1, False)], ids=["exact in half", "not exact"])
@@ -79,7 +79,7 @@ def test_scales_take_16_bits_only_where_that_changes_nothing(value: float, half:
     q = QuantizedTensor(torch.zeros(16, 32, dtype=torch.uint8), torch.full((16, 1), value), 4, 32)
     packed = pack(q)
     assert packed.form.half is half
-    assert packed.data.nbytes == -(-(256 + 16 * (2 if half else 4) + 16) // 64) * 64
+    assert packed.room.stored().nbytes == -(-(256 + 16 * (2 if half else 4) + 16) // 64) * 64
 
 
 def test_an_arena_holds_what_was_reserved_and_grows() -> None:
@@ -90,18 +90,37 @@ def test_an_arena_holds_what_was_reserved_and_grows() -> None:
     assert torch.equal(first.dequantize_slowly(), q.dequantize())
     assert torch.equal(second.dequantize_slowly(), q.dequantize())
     assert isinstance(first, QuantizedWeight)
-    data = first.packed.data
+    data = first.packed.room.data[0]
     assert data.shape == (2, 4, 704)
     assert data.data_ptr() % 64 == 0
-    assert torch.equal(data.flatten(0, 1)[:5], pack(q).data)
+    assert torch.equal(data.flatten(0, 1)[:5], pack(q).room.stored())
     assert not data[1, 1:].any()
-    near = abs(second.packed.data.data_ptr() - data.data_ptr()) if isinstance(second, QuantizedWeight) else 0
-    assert near == 2 * 704
+    assert first.nbytes == 6 * 704
+    place = second.packed.room.place if isinstance(second, QuantizedWeight) else (0,)
+    assert place[0] - data.data_ptr() == 2 * 704
     for _ in range(3):
         assert torch.equal(hold(q, arena).dequantize_slowly(), q.dequantize())
     large = quantized(2000, 64, 4, 32, "zeros")  # more than was reserved at all
     assert torch.equal(hold(large, arena).dequantize_slowly(), large.dequantize())
     assert torch.equal(first.dequantize_slowly(), q.dequantize())
+
+
+@pytest.mark.parametrize(("threads", "share"), [(1, 18), (2, 10), (3, 6), (4, 6), (16, 2)])
+def test_every_thread_has_its_own_streams(threads: int, share: int) -> None:
+    """17 blocks: shares are even, follow each other, and each begins where the thread's last weight ended."""
+    q = quantized(270, 64, 4, 32, "zeros")
+    arena = Arena(1 << 20, threads)
+    first, second = pack(q, arena).room, pack(q, arena).room
+    assert first.share == share
+    fours = -(-share // 4)
+    assert first.data.shape == (threads, fours, 4, 704)
+    whole = pack(q).room.stored()
+    assert torch.equal(first.stored(), whole)
+    for thread in range(threads):
+        own = whole[share * thread : share * (thread + 1)]
+        assert torch.equal(first.data[thread].flatten(0, 1)[: len(own)], own)
+        assert not first.data[thread].flatten(0, 1)[len(own) :].any()
+        assert second.data[thread].data_ptr() - first.data[thread].data_ptr() == fours * 704
 
 
 def test_many_rows_are_packed_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:

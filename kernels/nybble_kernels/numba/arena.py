@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,39 +16,76 @@ HUGE = 2 * 1024 * 1024
 AHEAD = 64 * 1024  # kernels prefetch past the end
 
 
-class Arena:
-    """Weights in the order in which a step reads them, in four streams. Reserved memory costs nothing.
+@dataclass(frozen=True, eq=False)
+class Room:
+    """Where the blocks of a weight lie: `share` after `share` of them, one for each thread that reads them.
 
-    Where more than was reserved is wanted, it goes on in another stretch of memory.
+    data: uint8 [threads, fours, 4, bytes of a block]; of a share, block b is number b // 4 in stream b % 4.
+    A share is an even number of blocks, so that two threads differ by two blocks at most.
     """
 
-    def __init__(self, reserve: int) -> None:
-        self._reserve = reserve
-        self._stretch = _Stretch(reserve)
+    data: Tensor
+    blocks: int
+    share: int
 
-    def room(self, blocks: int, size: int) -> Tensor:
-        """Zeros, uint8 [blocks / 4, 4, size]: block b is number b // 4 of stream b % 4."""
+    @property
+    def nbytes(self) -> int:
+        """That a step reads: two blocks at least are read side by side."""
+        return -(-self.blocks // 2) * 2 * int(self.data.shape[3])
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """Address, bytes from four to four, bytes from stream to stream, blocks of a share. Share follows
+        share after four streams.
+        """
+        return self.data.data_ptr(), self.data.stride(1), self.data.stride(2), self.share
+
+    def fill(self, first: int, blocks: Tensor) -> None:
+        """Blocks from number `first` on."""
+        self.data[self._at(torch.arange(first, first + len(blocks)))] = blocks
+
+    def stored(self) -> Tensor:
+        """uint8 [blocks, bytes of a block]: a copy, in order."""
+        return self.data[self._at(torch.arange(self.blocks))]
+
+    def _at(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        own = numbers % self.share
+        return numbers // self.share, own // STREAMS, own % STREAMS
+
+
+class Arena:
+    """Weights in the order in which a step reads them: of every thread what it reads, in four streams.
+
+    A thread reads its streams from end to end, from one weight into the next, so what it fetches ahead is
+    what it needs next. Reserved memory costs nothing. Where more than was reserved is wanted, it goes on in
+    another stretch of memory.
+    """
+
+    def __init__(self, reserve: int, threads: int = 1) -> None:
+        self.threads = threads
+        self._reserve = reserve
+        self._stretch = _Stretch(reserve, threads)
+
+    def room(self, blocks: int, size: int) -> Room:
+        """Zeros for so many blocks of `size` bytes."""
         if size % ALIGN:
             raise ValueError(f"blocks of {size} bytes do not end at a cache line")
-        count = -(-blocks // STREAMS)
+        share = 2 * -(-blocks // (2 * self.threads))
+        count = -(-share // STREAMS)
         if not self._stretch.fits(count * size):
-            self._stretch = _Stretch(max(self._reserve, STREAMS * count * size))
-        return self._stretch.take(count, size)
-
-
-def fill(held: Tensor, first: int, blocks: Tensor) -> None:
-    """Blocks from number `first` on, a multiple of four."""
-    for stream in range(STREAMS):
-        rows = blocks[stream::STREAMS]
-        held[first // STREAMS :][: len(rows), stream] = rows
+            needed = self.threads * STREAMS * count * size
+            self._stretch = _Stretch(max(self._reserve, needed), self.threads)
+        return Room(self._stretch.take(count, size), blocks, share)
 
 
 class _Stretch:
     """One piece of memory. What `take` gives keeps it alive."""
 
-    def __init__(self, reserve: int) -> None:
-        self._stride = aligned(-(-reserve // STREAMS)) + AHEAD  # bytes from stream to stream
-        size = STREAMS * self._stride + HUGE
+    def __init__(self, reserve: int, threads: int) -> None:
+        self._threads = threads
+        streams = threads * STREAMS
+        self._stride = aligned(-(-reserve // streams)) + AHEAD  # bytes from stream to stream
+        size = streams * self._stride + HUGE
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
         memory = mmap.mmap(-1, size, **private)  # shared memory gets no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -61,7 +99,8 @@ class _Stretch:
 
     def take(self, count: int, size: int) -> Tensor:
         start, self._used = self._start + self._used, self._used + count * size
-        return torch.as_strided(self._bytes, (count, STREAMS, size), (size, self._stride, 1), start)
+        shape = (self._threads, count, STREAMS, size)
+        return torch.as_strided(self._bytes, shape, (STREAMS * self._stride, size, self._stride, 1), start)
 
 
 def words(count: int) -> NDArray[np.int64]:

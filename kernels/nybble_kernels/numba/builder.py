@@ -25,7 +25,6 @@ from nybble_kernels.numba.weight import (
     HeldWeight,
     QuantizedWeight,
     hold,
-    places,
 )
 from nybble_kernels.quantized import Weight
 
@@ -204,11 +203,11 @@ class ProgramBuilder:
         if isinstance(table, QuantizedWeight) and table.columns is None:
             form, sizes = table.packed.form, (table.packed.groups, table.packed.subs)
             kernel = self.kernels.dequantize(form)
-            return PACKED, table.packed.data.data_ptr(), kernel, *places(table.packed.data), *sizes
+            return PACKED, *table.packed.room.place, kernel, *sizes
         values = table if isinstance(table, Tensor) else table.dequantize_slowly()
         values = values.contiguous() if values.dtype == torch.bfloat16 else values.float().contiguous()
         self.kept.append(values)
-        return BFLOAT if values.dtype == torch.bfloat16 else FLOAT, values.data_ptr(), 0, 0, 0, 0, 0
+        return BFLOAT if values.dtype == torch.bfloat16 else FLOAT, values.data_ptr(), 0, 0, 0, 0, 0, 0
 
     def _constant(self, values: Tensor) -> int:
         """Address of the values as float32."""

@@ -24,8 +24,8 @@ class Code(IntEnum):
 
 
 RECORD = 24  # int64 of an op
-CODE, PER_ROW, FIXED, CHUNK, FIRST = 0, 1, 2, 3, 4
-# units of work = PER_ROW * rows + FIXED, taken CHUNK at a time; arguments from FIRST on
+CODE, PER_ROW, FIXED, CHUNK, SHARES, FIRST = 0, 1, 2, 3, 4, 5
+# units of work = PER_ROW * rows + FIXED in SHARES equal parts, taken CHUNK at a time; arguments from FIRST on
 
 FRAME = 16  # int64 of a frame
 TOKENS, POSITIONS, TABLES, TABLE_WIDTH, LOGITS, LOGITS_STRIDE = 0, 1, 2, 3, 4, 5
@@ -33,7 +33,9 @@ KV, KV_LAYER, KV_BLOCK, KV_VALUES, BLOCK_SIZE, SCRATCH, SCRATCH_STRIDE = 6, 7, 8
 # strides of the cache in bytes; KV_VALUES is how far the values of a block lie behind its keys
 
 
-def record(code: Code, *arguments: int, per_row: int = 0, fixed: int = 0, chunk: int = 1) -> list[int]:
-    """One op as the compiled step reads it."""
+def record(
+    code: Code, *arguments: int, per_row: int = 0, fixed: int = 0, chunk: int = 1, shares: int = 1
+) -> list[int]:
+    """One op as the compiled step reads it. shares: one for each thread, where units belong to threads."""
     filling = RECORD - FIRST - len(arguments)
-    return [int(code), per_row, fixed, chunk, *arguments, *[0] * filling]
+    return [int(code), per_row, fixed, chunk, shares, *arguments, *[0] * filling]

@@ -21,22 +21,23 @@ ARGUMENTS = (PTR, I64, PTR, I64, PTR, I64, I64, I64)
 """first block, bytes between streams, activations, bytes between rows, y, bytes between rows, groups, subs"""
 
 
-def gemv_name(form: Format, tile: int) -> str:
-    return f"{form.name}_m{tile}"
+def gemv_name(form: Format, tile: int, blocks: int = STREAMS) -> str:
+    return f"{form.name}_m{tile}" if blocks == STREAMS else f"{form.name}_m{tile}_b{blocks}"
 
 
-def emit_gemv(module: Any, isa: Isa, form: Format, tile: int) -> None:
-    """The function `gemv_name(form, tile)`: `tile` rows of activations by four blocks.
+def emit_gemv(module: Any, isa: Isa, form: Format, tile: int, blocks: int = STREAMS) -> None:
+    """The function `gemv_name(form, tile, blocks)`: `tile` rows of activations by four blocks, or fewer.
 
-    A single row is bound by memory: its four blocks are read side by side, from four streams. Two rows lie
-    between that and what `gemm` is for.
+    A single row is bound by memory: its blocks are read side by side, each from a stream of its own. Two rows
+    lie between that and what `gemm` is for.
     """
-    Gemv(module, isa, form, tile).emit()
+    Gemv(module, isa, form, tile, blocks).emit()
 
 
 class Gemv:
-    def __init__(self, module: Any, isa: Isa, form: Format, tile: int) -> None:
-        self.e = Emitter(module, gemv_name(form, tile), ARGUMENTS)
+    def __init__(self, module: Any, isa: Isa, form: Format, tile: int, blocks: int = STREAMS) -> None:
+        self.e = Emitter(module, gemv_name(form, tile, blocks), ARGUMENTS)
+        self.blocks = blocks
         self.isa, self.form, self.tile = isa, form, tile
         self.floats, self.words = vector(F32, isa.lanes), vector(I32, isa.lanes)
         self.block, self.stream, first, stride, self.y, self.y_stride, self.groups, self.subs = (
@@ -47,12 +48,12 @@ class Gemv:
         self.scale_at = self.e.times(all_subs, SUB)  # inside an activation row
         self.sum_at = self.e.plus(self.scale_at, self.e.times(all_subs, 4))
         self.total_at = self.e.plus(self.sum_at, self.e.times(all_subs, 4))
-        self.streams = max(1, STREAMS // tile)  # side by side
+        self.streams = max(1, min(blocks, STREAMS // tile))  # side by side
         self.parts = range(self.streams * ROWS // isa.lanes)  # vectors that make the rows of the blocks
 
     def emit(self) -> None:
         e = self.e
-        with e.loop(STREAMS // self.streams) as turn:
+        with e.loop(self.blocks // self.streams) as turn:
             number = e.times(turn, self.streams)
             block = e.at(self.block, e.times(number, self.stream))
             self._blocks(block, e.at(self.y, e.times(number, 4 * ROWS)))

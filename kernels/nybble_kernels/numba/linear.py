@@ -23,33 +23,40 @@ def finish(tile: int, y: int, count: int, bias: int, residual: int) -> None:
 
 
 @inline
-def address_of(weights: int, block_bytes: int, stream: int, block: int) -> int:
-    """Where a block lies: four at a time, each in its own stream."""
-    return weights + block // STREAMS * block_bytes + block % STREAMS * stream
+def address_of(weights: int, size: int, stream: int, share: int, block: int) -> int:
+    """Where a block lies: see `arena.Room`."""
+    part, own = block // share, block % share
+    return weights + (part * STREAMS + own % STREAMS) * stream + own // STREAMS * size
 
 
 @inline
 def gemv(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -> None:
-    """Fours of blocks [low, high) for every row. Arguments: weights, bytes of a block, bytes between streams,
-    kernels for TILES rows, x, bytes between rows, y (0: the logits), bytes between rows, outputs, bias or 0,
-    residual, groups, subs.
+    """Fours of blocks [low, high), counted through all shares, for every row. Arguments: weights, bytes of a
+    block, bytes between streams, blocks of a share, kernels for TILES rows, one for one row by two blocks or
+    0, x, bytes between rows, y (0: the logits), bytes between rows, bias or 0, residual, outputs, groups, subs.
     """
-    stream, x, x_stride = get_i64(op, FIRST + 2), get_i64(op, FIRST + 7), get_i64(op, FIRST + 8)
-    y, y_stride = get_i64(op, FIRST + 9), get_i64(op, FIRST + 10)
+    size, stream, share = get_i64(op, FIRST + 1), get_i64(op, FIRST + 2), get_i64(op, FIRST + 3)
+    x, x_stride = get_i64(op, FIRST + 9), get_i64(op, FIRST + 10)
+    y, y_stride = get_i64(op, FIRST + 11), get_i64(op, FIRST + 12)
     if y == 0:
         y, y_stride = get_i64(frame, LOGITS), get_i64(frame, LOGITS_STRIDE)
-    outputs, bias, residual = get_i64(op, FIRST + 11), get_i64(op, FIRST + 12), get_i64(op, FIRST + 13)
-    groups, subs = get_i64(op, FIRST + 14), get_i64(op, FIRST + 15)
-    for four in range(low, high):
-        weights = get_i64(op, FIRST) + four * get_i64(op, FIRST + 1)
-        start = FOUR * four
-        count = min(FOUR, outputs - start)
+    bias, residual, outputs = get_i64(op, FIRST + 13), get_i64(op, FIRST + 14), get_i64(op, FIRST + 15)
+    groups, subs = get_i64(op, FIRST + 16), get_i64(op, FIRST + 17)
+    fours = (share + STREAMS - 1) // STREAMS
+    for unit in range(low, high):
+        part, four = unit // fours, unit % fours
+        weights = get_i64(op, FIRST) + part * STREAMS * stream + four * size
+        start = ROWS * (part * share + four * STREAMS)
+        blocks = min(STREAMS, share - four * STREAMS)
+        count = min(ROWS * blocks, outputs - start)
         row = 0
-        while row < rows:
+        while row < rows and count > 0:
             tile = 0
             while TILES[tile] > rows - row:
                 tile += 1
-            step, kernel = TILES[tile], get_i64(op, FIRST + 3 + tile)
+            step, kernel = TILES[tile], get_i64(op, FIRST + 4 + tile)
+            if step == 1 and count <= 2 * ROWS and get_i64(op, FIRST + 8) != 0:
+                kernel = get_i64(op, FIRST + 8)
             call_gemv(kernel, weights, stream, x + row * x_stride, x_stride, scratch, 4 * FOUR, groups, subs)
             for m in range(step):
                 target = y + (row + m) * y_stride + 4 * start
@@ -59,13 +66,14 @@ def gemv(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -> N
 
 @inline
 def dequantize(op: int, low: int, high: int) -> None:
-    """Blocks [low, high). Arguments: weights, bytes of a block, bytes between streams, kernel, out, bytes
-    between rows, outputs, groups, subs.
+    """Blocks [low, high). Arguments: weights, bytes of a block, bytes between streams, blocks of a share,
+    kernel, out, bytes between rows, outputs, groups, subs.
     """
-    stride, outputs = get_i64(op, FIRST + 5), get_i64(op, FIRST + 6)
+    size, stream, share = get_i64(op, FIRST + 1), get_i64(op, FIRST + 2), get_i64(op, FIRST + 3)
+    stride, outputs = get_i64(op, FIRST + 6), get_i64(op, FIRST + 7)
     for block in range(low, high):
-        weights = address_of(get_i64(op, FIRST), get_i64(op, FIRST + 1), get_i64(op, FIRST + 2), block)
-        out = get_i64(op, FIRST + 4) + ROWS * block * stride
+        weights = address_of(get_i64(op, FIRST), size, stream, share, block)
+        out = get_i64(op, FIRST + 5) + ROWS * block * stride
         count = min(ROWS, outputs - ROWS * block)
-        kernel, groups, subs = get_i64(op, FIRST + 3), get_i64(op, FIRST + 7), get_i64(op, FIRST + 8)
+        kernel, groups, subs = get_i64(op, FIRST + 4), get_i64(op, FIRST + 8), get_i64(op, FIRST + 9)
         call_dequantize(kernel, weights, out, stride, 0, count, groups, subs)

@@ -17,7 +17,7 @@ from nybble_kernels.numba.gemm import emit_gemm
 from nybble_kernels.numba.gemv import emit_gemv, gemv_name
 from nybble_kernels.numba.gemv_float import emit_float
 from nybble_kernels.numba.isa import Isa
-from nybble_kernels.numba.layout import TILES, TOGETHER, Format
+from nybble_kernels.numba.layout import STREAMS, TILES, TOGETHER, Format
 from nybble_kernels.numba.quantize_kernel import emit_quantize
 
 
@@ -27,6 +27,7 @@ def build_module(isa: Isa, form: Format | None = None) -> str:
     if form is not None:
         for tile in TILES:
             (emit_gemm if tile >= TOGETHER else emit_gemv)(module, isa, form, tile)
+        emit_gemv(module, isa, form, 1, blocks=2)
         emit_dequantize(module, isa, form)
         return str(module)
     for tile in TILES:
@@ -96,8 +97,8 @@ class Kernels:
         """A kernel that reads no format."""
         return self._address(name, None)
 
-    def gemv(self, form: Format, tile: int) -> int:
-        return self._address(gemv_name(form, tile), form)
+    def gemv(self, form: Format, tile: int, blocks: int = STREAMS) -> int:
+        return self._address(gemv_name(form, tile, blocks), form)
 
     def dequantize(self, form: Format) -> int:
         return self._address(dequantize_name(form), form)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nybble_kernels.numba.arena import Arena, fill
+from nybble_kernels.numba.arena import Arena, Room
 from nybble_kernels.numba.layout import ROWS, STREAMS, SUB, Format
 from nybble_kernels.quantized import QuantizedTensor
 
@@ -24,12 +24,11 @@ PIECE = 64 * ROWS * STREAMS  # rows that are packed at a time
 class Packed:
     """A quantized weight [outputs, inputs] in blocks of 16 rows; the last one is filled up with zero scales.
 
-    data: uint8 [blocks, form.block_bytes(groups, subs)], or [blocks / 4, 4, bytes] once in an arena ·
-    columns: int32 [groups * subs * 32], or None when packed columns are the inputs in order · the rest: what
-    the tensor was.
+    room: its blocks, form.block_bytes(groups, subs) each · columns: int32 [groups * subs * 32], or None when
+    packed columns are the inputs in order · the rest: what the tensor was.
     """
 
-    data: Tensor
+    room: Room
     form: Format
     outputs: int
     inputs: int
@@ -46,10 +45,6 @@ class Packed:
         """Inputs as stored, the filling included."""
         return self.groups * self.subs * SUB
 
-    @property
-    def blocks(self) -> int:
-        return -(-self.outputs // ROWS)
-
 
 def pack(weight: QuantizedTensor, arena: Arena | None = None) -> Packed:
     """Lossless: `unpack(pack(w))` has the values of `w`. Some rows at a time: on the way they take memory."""
@@ -59,15 +54,12 @@ def pack(weight: QuantizedTensor, arena: Arena | None = None) -> Packed:
     form = _format(weight)
     places = _columns_of_codes(weight, groups, group, subs)
     blocks, size = -(-weight.out_features // ROWS), form.block_bytes(groups, subs)
-    if arena is None:
-        data = torch.zeros(-(-blocks // STREAMS), STREAMS, size, dtype=torch.uint8)
-    else:
-        data = arena.room(blocks, size)
+    room = (arena or Arena(blocks * size)).room(blocks, size)
     for first in range(0, weight.out_features, PIECE):
         rows = weight.rows(first, first + PIECE)
-        fill(data, first // ROWS, _blocks(rows, form, _spread(rows.codes, places), size))
+        room.fill(first // ROWS, _blocks(rows, form, _spread(rows.codes, places), size))
     return Packed(
-        data.flatten(0, 1)[:blocks] if arena is None else data,
+        room,
         form,
         *weight.shape,
         groups,
@@ -91,7 +83,7 @@ def _blocks(rows: QuantizedTensor, form: Format, codes: Tensor, size: int) -> Te
 def unpack(packed: Packed) -> QuantizedTensor:
     """What was packed."""
     form, rows = packed.form, packed.outputs
-    data = packed.data.reshape(-1, form.block_bytes(packed.groups, packed.subs))[: packed.blocks]
+    data = packed.room.stored()
     sizes = [packed.groups * n for n in (packed.subs * form.sub_bytes, form.scale_bytes, form.offset_bytes)]
     codes, scales, offsets, _ = torch.split(data, [*sizes, data.shape[1] - sum(sizes)], dim=1)
     spread = _unpack_codes(codes.contiguous(), form, packed)[:rows]
@@ -102,7 +94,7 @@ def unpack(packed: Packed) -> QuantizedTensor:
     if form.minimum:
         minimums = _reals(offsets, form)[:rows]
     elif not packed.symmetric:
-        zeros = _by_row(offsets.reshape(packed.blocks, packed.groups, ROWS))[:rows]
+        zeros = _by_row(offsets.reshape(-1, packed.groups, ROWS))[:rows]
     return QuantizedTensor(
         spread[:, places].contiguous(),
         real,
@@ -159,7 +151,7 @@ def _pack_codes(codes: Tensor, form: Format, blocks: int) -> Tensor:
 
 
 def _unpack_codes(data: Tensor, form: Format, packed: Packed) -> Tensor:
-    words = data.reshape(packed.blocks, packed.groups * packed.subs, -1, ROWS, 4)
+    words = data.reshape(len(data), packed.groups * packed.subs, -1, ROWS, 4)
     if form.bits == 8:
         codes = words ^ 0x80
     else:
@@ -168,7 +160,7 @@ def _unpack_codes(data: Tensor, form: Format, packed: Packed) -> Tensor:
         for (width, low), part in zip(form.planes, parts, strict=True):
             values = (part.unsqueeze(3) >> _places_in_byte(width)) & (2**width - 1)
             codes |= values.flatten(2, 3) << low
-    return codes.permute(0, 3, 1, 2, 4).reshape(packed.blocks * ROWS, packed.width)
+    return codes.permute(0, 3, 1, 2, 4).reshape(-1, packed.width)
 
 
 def _places_in_byte(width: int) -> Tensor:

@@ -1,11 +1,13 @@
 """Sharing one step among threads without waiting for a thread that the system has not scheduled.
 
-Every op of a step is cut into units that threads take as they come. A thread that is late (its core busy
-with the event loop) finds the work done and catches up; nobody waits for it unless it holds a unit. Spins are
-short, then yield, and between steps a worker sleeps on a semaphore.
+Every op of a step is cut into units. Where they read weights, each thread has a share of them that lies in
+memory for it to read from end to end, and helps with the others' shares once its own is taken; all else is
+one share. A thread that is late (its core busy with the event loop) finds the work done and catches up;
+nobody waits for it unless it holds a unit. Spins are short, then yield, and between steps a worker sleeps on
+a semaphore.
 
-Each op has two words: TAKEN (step number, units taken, or CLOSED) and DONE (step number, units finished),
-each `step << 32 | count`. A word of an older step counts as zero, so nothing is reset between steps.
+Each op has words of the kind `step << 32 | count`: how many units are DONE, and of each share how many are
+TAKEN, or CLOSED. A word of an older step counts as zero, so nothing is reset between steps.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from __future__ import annotations
 from nybble_kernels.numba.jit import inline
 from nybble_kernels.numba.memory import atomic_get, atomic_set, call_libc0, call_libc1, relax, swap_if
 
-COUNTERS = 16  # int64 per op: the two words in cache lines of their own
+LINE = 8  # int64 of a cache line. An op has one for DONE, then one for each share's TAKEN
 CLOSED = 0xFFFFFFFF
 SPINS = 200  # of about 40 ns, then the core is offered to others
 IDLE_SPINS = 500  # before a worker without a step goes to sleep
 
 # The words of a pool, as int64 numbers. STEP is `step << 24 | program << 16 | rows`.
 STEP, STOP, YIELD, WAIT, POST, PROGRAMS, WORKERS = 0, 8, 16, 17, 18, 24, 48
-OPS, COUNT, WORDS, PROGRAM = 0, 1, 2, 4  # of a program: its ops, how many, the two words of each
+OPS, COUNT, WORDS, STRIDE, PROGRAM = 0, 1, 2, 3, 4  # of a program: ops, how many, their words, bytes an op
 PARKED, SEMAPHORE, WORKER = 0, 8, 16  # of a worker, in a cache line each
 
 

@@ -83,8 +83,8 @@ class DecodeProgram:
         tables: Tables,
         width: int,
         limits: Limits,
-        threads: int,
     ) -> None:
+        threads = builder.arena.threads
         self.isa = builder.kernels.isa.name
         self.max_batch = builder.max_batch
         self.weight_bytes_per_step = dict(builder.bytes)

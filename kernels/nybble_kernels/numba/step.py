@@ -13,6 +13,7 @@ from nybble_kernels.numba.frame import (
     RECORD,
     SCRATCH,
     SCRATCH_STRIDE,
+    SHARES,
 )
 from nybble_kernels.numba.jit import inline
 from nybble_kernels.numba.linear import dequantize, gemv
@@ -21,12 +22,13 @@ from nybble_kernels.numba.norm import norm
 from nybble_kernels.numba.place import place
 from nybble_kernels.numba.pool import (
     COUNT,
-    COUNTERS,
+    LINE,
     OPS,
     PROGRAM,
     PROGRAMS,
     STEP,
     STOP,
+    STRIDE,
     WORDS,
     WORKER,
     WORKERS,
@@ -64,23 +66,29 @@ def execute(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -
 
 
 @inline
-def share(op: int, frame: int, rows: int, scratch: int, pool: int, taken: int, step: int) -> None:
-    """Do the units of an op that no other thread takes, then wait for theirs. Step 0: there are no others."""
-    done = taken + 4 * COUNTERS
-    total = get_i64(op, PER_ROW) * rows + get_i64(op, FIXED)
-    chunk = get_i64(op, CHUNK) if step != 0 else total
-    low = 0
-    while True:
-        if step != 0:
-            low = take(taken, step, total, chunk)
-        if low < 0:
-            break
-        high = min(low + chunk, total)
-        execute(op, frame, rows, scratch, low, high)
-        if step == 0:
-            return
-        finish_units(done, step, high - low)
-    await_units(done, step, total, pool)
+def share(
+    op: int, frame: int, rows: int, scratch: int, pool: int, words: int, step: int, thread: int
+) -> None:
+    """Do this thread's share of an op, then what is left of the others', and wait for what they have taken.
+    Step 0: there are no others.
+    """
+    total, shares = get_i64(op, PER_ROW) * rows + get_i64(op, FIXED), get_i64(op, SHARES)
+    if step == 0:
+        execute(op, frame, rows, scratch, 0, total)
+        return
+    units, chunk, finished = total // shares, get_i64(op, CHUNK), 0
+    for turn in range(shares):
+        part = (thread + turn) % shares
+        while True:
+            low = take(words + 8 * LINE * (1 + part), step, units, chunk)
+            if low < 0:
+                break
+            high = min(low + chunk, units)
+            execute(op, frame, rows, scratch, units * part + low, units * part + high)
+            finished += high - low
+    if finished != 0:
+        finish_units(words, step, finished)
+    await_units(words, step, total, pool)
 
 
 @inline
@@ -90,7 +98,8 @@ def walk(pool: int, frame: int, program: int, rows: int, step: int, thread: int)
     held = pool + 8 * (PROGRAMS + PROGRAM * program)
     ops, count, words = get_i64(held, OPS), get_i64(held, COUNT), get_i64(held, WORDS)
     for i in range(count):
-        share(ops + 8 * RECORD * i, frame, rows, scratch, pool, words + 8 * COUNTERS * i, step)
+        own = words + i * get_i64(held, STRIDE)
+        share(ops + 8 * RECORD * i, frame, rows, scratch, pool, own, step, thread)
 
 
 @inline

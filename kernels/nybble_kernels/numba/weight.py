@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nybble_kernels.numba.arena import Arena, fill
+from nybble_kernels.numba.arena import Arena, Room
 from nybble_kernels.numba.frame import Code, record
 from nybble_kernels.numba.gemv_float import float_name
 from nybble_kernels.numba.layout import ROWS, STREAMS, SUB, TILES, Format, aligned
@@ -78,19 +78,20 @@ class QuantizedWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.packed.data.numel()
+        return self.packed.room.nbytes
 
     def gemv_record(self, kernels: Kernels, place: Sequence[int]) -> list[int]:
-        addresses = [kernels.gemv(self.packed.form, tile) for tile in TILES]
-        return _gemv(self.packed.data, addresses, place, self.outputs, (self.packed.groups, self.packed.subs))
+        form, sizes = self.packed.form, (self.packed.groups, self.packed.subs)
+        addresses = [*(kernels.gemv(form, tile) for tile in TILES), kernels.gemv(form, 1, blocks=2)]
+        return _gemv(self.packed.room, addresses, place, self.outputs, sizes)
 
     def dequantize_record(self, kernels: Kernels, out: int, stride: int) -> list[int] | None:
         if self.columns is not None:
             return None
         kernel = kernels.dequantize(self.packed.form)
-        start, sizes = self.packed.data.data_ptr(), (self.packed.groups, self.packed.subs)
-        arguments = (start, *places(self.packed.data), kernel, out, stride, self.outputs, *sizes)
-        return record(Code.DEQUANTIZE, *arguments, fixed=self.packed.blocks, chunk=4)
+        sizes = self.packed.groups, self.packed.subs
+        arguments = (*self.packed.room.place, kernel, out, stride, self.outputs, *sizes)
+        return record(Code.DEQUANTIZE, *arguments, fixed=self.packed.room.blocks, chunk=4)
 
     def dequantize_slowly(self) -> Tensor:
         return unpack(self.packed).dequantize()
@@ -98,9 +99,9 @@ class QuantizedWeight:
 
 @dataclass(frozen=True, eq=False)
 class FloatWeight:
-    """data: uint8 [blocks / 4, 4, bytes]; a block is bfloat16 [inputs, 16 rows]."""
+    """room: blocks of bfloat16 [inputs, 16 rows]."""
 
-    data: Tensor
+    room: Room
     outputs: int
     inputs: int
     columns: Tensor | None = None
@@ -112,17 +113,17 @@ class FloatWeight:
 
     @property
     def nbytes(self) -> int:
-        return self.data.numel()
+        return self.room.nbytes
 
     def gemv_record(self, kernels: Kernels, place: Sequence[int]) -> list[int]:
-        addresses = [kernels[float_name(tile)] for tile in TILES]
-        return _gemv(self.data, addresses, place, self.outputs, (self.inputs, 1))
+        addresses = [*(kernels[float_name(tile)] for tile in TILES), 0]
+        return _gemv(self.room, addresses, place, self.outputs, (self.inputs, 1))
 
     def dequantize_record(self, kernels: Kernels, out: int, stride: int) -> list[int] | None:
         return None
 
     def dequantize_slowly(self) -> Tensor:
-        blocks = self.data.flatten(0, 1)[:, : 2 * ROWS * self.inputs].contiguous().view(torch.bfloat16)
+        blocks = self.room.stored()[:, : 2 * ROWS * self.inputs].contiguous().view(torch.bfloat16)
         return (
             blocks.view(-1, self.inputs, ROWS)
             .transpose(1, 2)
@@ -137,15 +138,15 @@ def hold(weight: Weight, arena: Arena) -> QuantizedWeight | FloatWeight:
         return QuantizedWeight(pack(weight, arena))
     outputs, inputs = weight.shape
     size = aligned(2 * ROWS * inputs)
-    data = arena.room(-(-outputs // ROWS), size)
+    room = arena.room(-(-outputs // ROWS), size)
     for first in range(0, outputs, PIECE):
         stop = first + PIECE
         rows = weight[first:stop] if isinstance(weight, Tensor) else weight.rows(first, stop)
         values = dense(rows, torch.bfloat16)
         values = F.pad(values, (0, 0, 0, -len(values) % ROWS)).view(-1, ROWS, inputs)
         columns = values.transpose(1, 2).flatten(1).view(torch.uint8)
-        fill(data, first // ROWS, F.pad(columns, (0, size - columns.shape[1])))
-    return FloatWeight(data, outputs, inputs)
+        room.fill(first // ROWS, F.pad(columns, (0, size - columns.shape[1])))
+    return FloatWeight(room, outputs, inputs)
 
 
 def packed_bound(weight: Weight) -> int:
@@ -160,36 +161,12 @@ def packed_bound(weight: Weight) -> int:
     return blocks * widest.block_bytes(groups, subs)
 
 
-def places(data: Tensor) -> tuple[int, int]:
-    """Bytes from block to block of a stream, and from stream to stream."""
-    return data.stride(0), data.stride(1)
-
-
 def _gemv(
-    data: Tensor,
-    kernels: Sequence[int],
-    place: Sequence[int],
-    outputs: int,
-    sizes: tuple[int, int],
+    room: Room, kernels: Sequence[int], place: Sequence[int], outputs: int, sizes: tuple[int, int]
 ) -> list[int]:
-    x, x_stride, y, y_stride, bias, residual = place
-    fours = data.shape[0]
-    arguments = (
-        data.data_ptr(),
-        *places(data),
-        *kernels,
-        x,
-        x_stride,
-        y,
-        y_stride,
-        outputs,
-        bias,
-        residual,
-        *sizes,
+    """kernels: one for each of TILES, then one row by two blocks, or 0."""
+    threads, fours = room.data.shape[:2]
+    arguments = *room.place, *kernels, *place, outputs, *sizes
+    return record(
+        Code.GEMV, *arguments, fixed=threads * fours, chunk=max(1, min(fours // 4, 16)), shares=threads
     )
-    return record(Code.GEMV, *arguments, fixed=fours, chunk=chunk_of(fours))
-
-
-def chunk_of(fours: int) -> int:
-    """Fours of blocks a thread takes at a time: an eighth of the op, so that a late thread costs little."""
-    return max(1, min(fours // 8, 16))

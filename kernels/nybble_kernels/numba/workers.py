@@ -21,6 +21,7 @@ class Workers:
 
     def __init__(self, run: Run, frame: NDArray[np.int64], threads: int) -> None:
         self.count = threads - 1 if _semaphores() else 0
+        self._lines = 1 + threads
         self._run = run
         self._frame = frame
         self._words = words(pool.WORKERS + pool.WORKER * max(1, self.count))
@@ -48,9 +49,10 @@ class Workers:
         """Register a program, numbered in order of registration. Its records may change between runs."""
         table = words(RECORD * len(ops)).reshape(-1, RECORD)
         table[:] = np.asarray(ops, np.int64).reshape(-1, RECORD)
-        counters = words(pool.COUNTERS * len(ops))
+        counters = words(pool.LINE * self._lines * len(ops))
         place = pool.PROGRAMS + pool.PROGRAM * (len(self._programs) // 2)
-        self._words[place : place + 3] = table.ctypes.data, len(ops), counters.ctypes.data
+        stride = 8 * pool.LINE * self._lines
+        self._words[place : place + 4] = table.ctypes.data, len(ops), counters.ctypes.data, stride
         self._programs += [table, counters]
         return table
 
