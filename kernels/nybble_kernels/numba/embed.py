@@ -14,8 +14,8 @@ BFLOAT, FLOAT, PACKED = 0, 1, 2  # kinds of table
 
 @inline
 def embed(op: int, frame: int, low: int, high: int) -> None:
-    """Rows [low, high). Arguments: x, width, kind, table, bytes of a block, bytes between streams, blocks of a
-    share, kernel, groups, subs, learned positions (float32) or 0, the row of position 0 in them.
+    """Rows [low, high). Arguments: x, width, kind, table, bytes of a block, bytes between streams, blocks of
+    a share, kernel, groups, subs, learned positions (float32) or 0, the row of position 0 in them.
     """
     width, kind, table = get_i64(op, FIRST + 1), get_i64(op, FIRST + 2), get_i64(op, FIRST + 3)
     positions = get_i64(op, FIRST + 10)

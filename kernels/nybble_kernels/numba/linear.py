@@ -32,8 +32,9 @@ def address_of(weights: int, size: int, stream: int, share: int, block: int) -> 
 @inline
 def gemv(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -> None:
     """Fours of blocks [low, high), counted through all shares, for every row. Arguments: weights, bytes of a
-    block, bytes between streams, blocks of a share, kernels for TILES rows, one for one row by two blocks or
-    0, x, bytes between rows, y (0: the logits), bytes between rows, bias or 0, residual, outputs, groups, subs.
+    block, bytes between streams, blocks of a share, kernels for TILES rows, one for one row by two blocks
+    or 0, x, bytes between rows, y (0: the logits), bytes between rows, bias or 0, residual, outputs, groups,
+    subs.
     """
     size, stream, share = get_i64(op, FIRST + 1), get_i64(op, FIRST + 2), get_i64(op, FIRST + 3)
     x, x_stride = get_i64(op, FIRST + 9), get_i64(op, FIRST + 10)
