@@ -40,11 +40,12 @@ class Sampler:
     def sample(self, logits: Logits, generated: int) -> int:
         """Draw token number `generated` (0 is the first). `logits` is not changed."""
         params = self.params
-        if not np.isfinite(logits[int(logits.argmax())]):
+        likeliest = int(logits.argmax())  # a NaN, where there is one
+        if not np.isfinite(logits[likeliest]):
             raise NanLogits
         adjusted = self._adjust(logits, generated)
         if params.temperature == 0.0:
-            return int(adjusted.argmax())
+            return likeliest if adjusted is logits else int(adjusted.argmax())
         return self._draw(adjusted, generated)
 
     def record(self, token: int) -> None:
