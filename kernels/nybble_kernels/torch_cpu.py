@@ -146,14 +146,19 @@ def _pack_int4(weight: QuantizedTensor) -> Int4Linear:
 def quantize_rows(weight: Tensor, group_size: int | None = None) -> QuantizedTensor:
     """Symmetric int8 with one scale a row (or a group): scale = max|w| / 127, codes rounded to nearest.
 
-    Head matrices are held this way: at 8 bits a row the error is below that of bfloat16 activations.
+    Scales are float16 numbers where all of them are in its normal range. Head matrices are held this way: at
+    8 bits a row the error is below that of bfloat16 activations.
     """
     group = group_size or weight.shape[1]
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    scales = torch.empty(weight.shape[0], weight.shape[1] // group)
+    largest = [rows.float().view(len(rows), -1, group).abs().amax(-1) for rows in torch.split(weight, ROWS)]
+    scales = torch.cat(largest).div_(127)
+    half = torch.finfo(torch.float16)
+    if bool(((scales == 0) | ((scales >= half.tiny) & (scales <= half.max))).all()):
+        scales = scales.clamp_min_(half.tiny).half().float()
+    scales.clamp_min_(1e-12)
     pieces = (torch.split(tensor, ROWS) for tensor in (weight, codes, scales))
     for rows, target, scale in zip(*pieces, strict=True):
         groups = rows.float().unflatten(1, (-1, group))  # [n, G, g]
-        torch.div(groups.abs().amax(-1).clamp_min(1e-12), 127, out=scale)
         target.copy_((groups / scale.unsqueeze(-1)).round_().clamp_(-127, 127).add_(128).flatten(1))
     return QuantizedTensor(codes, scales, 8, group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -47,7 +48,7 @@ def build_program(
         arena = Arena(_reserve(weights, head) + reserve, max(1, threads))
         writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, max_batch), kv)
         tables = writer.write(head, weights.blocks if blocks is None else _hollowed(blocks, weights))
-        limits = Limits(spec.vocab_size, spec.max_positions, lambda position: _kv_bytes(spec, position))
+        limits = Limits(spec.vocab_size, spec.max_positions, _kv_bytes(spec))
         step = run.result()
     return DecodeProgram(writer.builder, step, kv, writer.linears, tables, spec.hidden_size, limits)
 
@@ -66,10 +67,16 @@ def _reserve(weights: Weights, head: Weight) -> int:
     return sum(packed_bound(weight) for weight in [*linears, *tables])
 
 
-def _kv_bytes(spec: ModelSpec, position: int) -> int:
-    """Keys and values that a step at a position reads, sliding windows considered."""
-    seen = sum(min(position + 1, spec.window(layer) or position + 1) for layer in range(spec.num_layers))
-    return seen * 2 * 2 * spec.num_kv_heads * spec.head_dim
+def _kv_bytes(spec: ModelSpec) -> Callable[[int], int]:
+    """Of keys and values that a step at a position reads, sliding windows considered."""
+    windows = Counter(spec.window(layer) for layer in range(spec.num_layers))
+    size = 2 * 2 * spec.num_kv_heads * spec.head_dim
+
+    def read(position: int) -> int:
+        seen = sum(count * min(position + 1, window or position + 1) for window, count in windows.items())
+        return seen * size
+
+    return read
 
 
 class _Writer:

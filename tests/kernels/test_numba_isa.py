@@ -15,7 +15,7 @@ from nybble_kernels.numba.isa import AVX2, AVX512_VNNI, AVX_VNNI, NEON, PLAIN, I
 from nybble_kernels.numba.layout import Format
 from nybble_kernels.numba.machine import Target, assembly
 
-FORMS = Format(6, half=True, minimum=False), Format(8, half=False, minimum=True)
+FORMS = Format(6, half=True, offsets="zero"), Format(8, half=False, offsets="minimum")
 X86, ARM, MACOS = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu", "arm64-apple-macosx"
 
 
@@ -69,7 +69,7 @@ from nybble_kernels.numba import compiled, isa, layout, machine
 del machine.optimise
 started = time.perf_counter()
 run = compiled.compiled_step()
-compiled.kernels(isa.choose()).dequantize(layout.Format(4, True, False))
+compiled.kernels(isa.choose()).dequantize(layout.Format(4, True, "zero"))
 assert run.stats.cache_hits and not run.stats.cache_misses
 print(time.perf_counter() - started)
 """
@@ -78,7 +78,7 @@ print(time.perf_counter() - started)
 def test_a_second_start_compiles_nothing() -> None:
     """Another process finds step and kernels on disk."""
     compiled.compiled_step()
-    compiled.kernels(choose()).dequantize(Format(4, half=True, minimum=False))
+    compiled.kernels(choose()).dequantize(Format(4, half=True, offsets="zero"))
     folders = {"PYTHONPATH": "kernels", "NUMBA_CACHE_DIR": str(cache_folder().parent)}
     done = subprocess.run(
         [sys.executable, "-c", SECOND_START],

@@ -79,7 +79,16 @@ def test_scales_take_16_bits_only_where_that_changes_nothing(value: float, half:
     q = QuantizedTensor(torch.zeros(16, 32, dtype=torch.uint8), torch.full((16, 1), value), 4, 32)
     packed = pack(q)
     assert packed.form.half is half
-    assert packed.room.stored().nbytes == -(-(256 + 16 * (2 if half else 4) + 16) // 64) * 64
+    assert packed.form.scale_bytes == 16 * (2 if half else 4)
+
+
+def test_zeros_in_the_middle_take_no_memory() -> None:
+    codes, scales = torch.randint(0, 256, (16, 256), dtype=torch.uint8), torch.ones(16, 8)
+    middle = pack(QuantizedTensor(codes, scales, 8, 32))
+    written = pack(QuantizedTensor(codes, scales, 8, 32, zeros=torch.full((16, 8), 128, dtype=torch.uint8)))
+    assert middle.form.block_bytes(8, 1) == 16 * 256 + 16 * 8 * 2
+    assert written.form.block_bytes(8, 1) == 16 * 256 + 16 * 8 * 3
+    assert torch.equal(unpack(middle).dequantize(), unpack(written).dequantize())
 
 
 def test_an_arena_holds_what_was_reserved_and_grows() -> None:

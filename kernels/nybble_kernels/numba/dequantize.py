@@ -50,8 +50,10 @@ def _scalar(e: Emitter, isa: Isa, form: Format, base: Any, row: Any) -> Any:
 
 
 def _offset(e: Emitter, isa: Isa, form: Format, base: Any, row: Any) -> Any:
-    if form.minimum:
+    if form.offsets == "minimum":
         return _scalar(e, isa, form, base, row)
+    if form.offsets == "none":
+        return F32(float(form.middle))
     zero = e.b.zext(e.load(I8, base, row), I32)
     return e.b.sitofp(e.b.sub(zero, I32(128 if form.bits == 8 else 0)), F32)
 
@@ -64,7 +66,7 @@ def _sub_group(e: Emitter, form: Format, codes: Any, target: Any, scale: Any, of
     for i in range(SUB // count):
         found = _bytes(e, codes, i) if form.bits == 8 else _from_planes(e, form, codes, i)
         value = e.b.sitofp(found, floats)
-        if form.minimum:
+        if form.offsets == "minimum":
             if form.bits == 8:  # codes are stored 128 lower
                 value = e.b.fadd(value, filled(floats, 128.0))
             value = e.b.fadd(e.b.fmul(value, scales), offsets)

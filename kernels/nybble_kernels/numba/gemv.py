@@ -150,23 +150,29 @@ class Gemv:
         self, scales: Any, offsets: Any, outer: list[Any], inner: list[Any], sums: list[Any]
     ) -> None:
         """outer += scale * (inner - zero * sum), or scale * inner + minimum * sum."""
-        e, lanes = self.e, self.isa.lanes
+        e, lanes, form = self.e, self.isa.lanes, self.form
         for part in self.parts:
             scale = self._real(scales, part)
-            offset = (
-                self._real(offsets, part) if self.form.minimum else self._negative_zero_point(offsets, part)
-            )
+            offset = self._offset(offsets, part)
             for m in range(self.tile):
                 slot = m * len(self.parts) + part
                 total = e.splat(e.get(sums[m], F32), lanes)
                 value, result = e.get(inner[slot], self.floats), e.get(outer[slot], self.floats)
-                if self.form.minimum:
-                    if self.form.bits == 8:  # codes are stored 128 lower
+                if form.offsets == "minimum":
+                    if form.bits == 8:  # codes are stored 128 lower
                         value = e.fma(filled(self.floats, 128.0), total, value)
                     result = e.fma(offset, total, e.fma(scale, value, result))
                 else:
-                    result = e.fma(scale, e.fma(offset, total, value), result)
+                    if form.offsets == "zero" or form.middle:
+                        value = e.fma(offset, total, value)
+                    result = e.fma(scale, value, result)
                 e.b.store(result, outer[slot])
+
+    def _offset(self, base: Any, part: int) -> Any:
+        """float32 lanes of minimums, or of zeros with the other sign."""
+        if self.form.offsets == "none":
+            return filled(self.floats, -float(self.form.middle))
+        return self._real(base, part) if self.form.offsets == "minimum" else self._negative_zero(base, part)
 
     def _real(self, base: Any, part: int) -> Any:
         """float32 lanes of scales or minimums."""
@@ -176,7 +182,7 @@ class Gemv:
         bits = e.load(vector(I16, lanes), self._place(base, part, 2), align=2)
         return e.floats_of_half(bits, self.isa is not PLAIN)
 
-    def _negative_zero_point(self, base: Any, part: int) -> Any:
+    def _negative_zero(self, base: Any, part: int) -> Any:
         """-zero; codes of 8 bits are stored 128 lower, and so is their zero."""
         e = self.e
         zero = e.b.zext(e.load(vector(I8, self.isa.lanes), self._place(base, part, 1)), self.words)

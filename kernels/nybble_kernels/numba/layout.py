@@ -7,7 +7,8 @@ more whole sub-groups. Per block, in this order:
              8, 4, 2 or 1 bits of every code: `bits` words of 32 bits x 16 rows, each shared by 8 / bits words
              of codes, the first in the lowest bits of its bytes (Format.planes)
     scales   groups x 16 rows, IEEE half where that is exact, else float32
-    offsets  groups x 16 rows: integer zeros (uint8), or real minimums in the type of the scales
+    offsets  groups x 16 rows: integer zeros (uint8), real minimums in the type of the scales, or nothing
+             where every zero is the middle code
 
 Four blocks are read side by side, each from a stream of its own: block b of a weight is number b // 4 in
 stream b % 4, and the streams of the arena lie far apart. One core of Zen 3 read 12 GB/s from one stream and
@@ -18,6 +19,7 @@ set, so a packed weight can be checked anywhere.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 ROWS = 16  # outputs of a block
 SUB = 32  # inputs of a sub-group
@@ -31,15 +33,20 @@ def aligned(size: int) -> int:
 
 @dataclass(frozen=True)
 class Format:
-    """The kinds of quantized block. half: 16-bit scales · minimum: real minimums instead of integer zeros."""
+    """The kinds of quantized block. half: 16-bit scales."""
 
     bits: int  # 2 to 8
     half: bool
-    minimum: bool
+    offsets: Literal["zero", "minimum", "none"]
 
     @property
     def name(self) -> str:
-        return f"w{self.bits}_{'half' if self.half else 'full'}_{'minimum' if self.minimum else 'zero'}"
+        return f"w{self.bits}_{'half' if self.half else 'full'}_{self.offsets}"
+
+    @property
+    def middle(self) -> int:
+        """The zero of symmetric codes as stored: those of 8 bits lie 128 lower."""
+        return 0 if self.bits == 8 else int(2 ** (self.bits - 1))
 
     @property
     def planes(self) -> tuple[tuple[int, int], ...]:
@@ -61,7 +68,7 @@ class Format:
 
     @property
     def offset_bytes(self) -> int:
-        return self.scale_bytes if self.minimum else ROWS
+        return {"zero": ROWS, "minimum": self.scale_bytes, "none": 0}[self.offsets]
 
     def block_bytes(self, groups: int, subs: int) -> int:
         return aligned(groups * (subs * self.sub_bytes + self.scale_bytes + self.offset_bytes))

@@ -1,6 +1,6 @@
 """`QuantizedTensor` to packed blocks and back. Every kind of quantized tensor has an exact packed form.
 
-Codes are stored in as many bits as they have, with zeros made explicit. Where the groups are not
+Codes are stored in as many bits as they have. Where the groups are not
 whole sub-groups of 32 inputs, or the columns are permuted, inputs are rearranged: packed column c reads input
 `columns[c]`, or nothing (a zero) where that is -1.
 """
@@ -37,7 +37,6 @@ class Packed:
     columns: Tensor | None
     bits: int
     group_size: int
-    symmetric: bool
     permutation: Tensor | None
 
     @property
@@ -67,7 +66,6 @@ def pack(weight: QuantizedTensor, arena: Arena | None = None) -> Packed:
         _columns(weight, places),
         weight.bits,
         weight.group_size,
-        weight.symmetric,
         weight.permutation,
     )
 
@@ -91,9 +89,9 @@ def unpack(packed: Packed) -> QuantizedTensor:
     places = _places(packed.inputs, group, packed.subs)
     real = _reals(scales, form)[:rows]
     zeros = minimums = None
-    if form.minimum:
+    if form.offsets == "minimum":
         minimums = _reals(offsets, form)[:rows]
-    elif not packed.symmetric:
+    elif form.offsets == "zero":
         zeros = _by_row(offsets.reshape(-1, packed.groups, ROWS))[:rows]
     return QuantizedTensor(
         spread[:, places].contiguous(),
@@ -109,7 +107,9 @@ def unpack(packed: Packed) -> QuantizedTensor:
 def _format(weight: QuantizedTensor) -> Format:
     reals = [weight.scales] if weight.minimums is None else [weight.scales, weight.minimums]
     half = all(torch.equal(r.half().float(), r.float()) for r in reals)
-    return Format(weight.bits, half, weight.minimums is not None)
+    if weight.minimums is not None:
+        return Format(weight.bits, half, "minimum")
+    return Format(weight.bits, half, "none" if weight.zeros is None else "zero")
 
 
 def _places(inputs: int, group: int, subs: int) -> Tensor:
@@ -177,8 +177,9 @@ def _pack_groups(weight: QuantizedTensor, form: Format, blocks: int) -> tuple[Te
 
     if weight.minimums is not None:
         return reals(weight.scales), reals(weight.minimums)
-    zeros = torch.full_like(weight.scales, 2 ** (weight.bits - 1)) if weight.zeros is None else weight.zeros
-    return reals(weight.scales), _by_group(_rows(zeros.to(torch.uint8), blocks))
+    if weight.zeros is None:
+        return reals(weight.scales), torch.empty(blocks, 0, dtype=torch.uint8)
+    return reals(weight.scales), _by_group(_rows(weight.zeros.to(torch.uint8), blocks))
 
 
 def _reals(data: Tensor, form: Format) -> Tensor:

@@ -157,7 +157,7 @@ def packed_bound(weight: Weight) -> int:
         return blocks * aligned(2 * ROWS * inputs)
     groups = weight.scales.shape[1]
     subs = -(-min(weight.group_size, inputs) // SUB)
-    widest = Format(weight.bits, half=False, minimum=True)
+    widest = Format(weight.bits, half=False, offsets="minimum")
     return blocks * widest.block_bytes(groups, subs)
 
 
