@@ -33,7 +33,7 @@ TARGET = Target("cortex-a76", "+dotprod", "aarch64-unknown-linux-gnu")
 MAIN = r"""
 #include <stdio.h>
 #include <stdlib.h>
-typedef void product(void *, long, void *, long, void *, long, long, long);
+typedef void product(void *, long, void *, long, void *, long, long, long, long);
 extern product FORM_m1, FORM_m2, FORM_m4, FORM_m8;
 extern void FORM_dequantize(void *, void *, long, long, long, long, long);
 extern void quantize_row(void *, void *, long);
@@ -49,7 +49,7 @@ int main(int count, char **names) {
     file = fopen(names[2], "wb");
     for (int i = 0; i < 4; i++) {
         for (int row = 0; row < 8; row += 8 >> i)
-            all[i](w, h[1], q + h[2] * row, h[2], y + 64 * row, 256, h[3], h[4]);
+            all[i](w, h[1], q + h[2] * row, h[2], y + 64 * row, 256, h[3], h[4], 4);
         fwrite(y, 4, 8 * 64, file);
     }
     for (int block = 0; block < 4; block++) {
@@ -78,14 +78,14 @@ def here(form: Format, held: QuantizedWeight, x: torch.Tensor, stride: int) -> N
     """Row by row, by this processor's kernels."""
     kernels = compiled.kernels(choose())
     round_row = CFUNCTYPE(None, c_void_p, c_void_p, c_long)(kernels["quantize_row"])
-    multiply = CFUNCTYPE(None, *[c_void_p, c_long] * 3, c_long, c_long)(kernels.gemv(form, 1))
+    multiply = CFUNCTYPE(None, *[c_void_p, c_long] * 3, c_long, c_long, c_long)(kernels.gemv(form, 1))
     packed, row = held.packed, words(stride // 8)
     y = np.empty((BATCH, OUTPUTS), np.float32)
     for m in range(BATCH):
         round_row(x[m].data_ptr(), row.ctypes.data, INPUTS // SUB)
         sizes = packed.groups, packed.subs
         start, _, stream, _ = packed.room.place
-        multiply(start, stream, row.ctypes.data, stride, y[m].ctypes.data, 0, *sizes)
+        multiply(start, stream, row.ctypes.data, stride, y[m].ctypes.data, 0, *sizes, STREAMS)
     return y
 
 

@@ -9,7 +9,7 @@ exp(score - m) and its unnormalised output; merging weighs the parts by exp(m - 
 from __future__ import annotations
 
 from nybble_kernels.numba.floats import exp_f32
-from nybble_kernels.numba.frame import BLOCK_SIZE, FIRST, KV_VALUES, POSITIONS
+from nybble_kernels.numba.frame import BLOCK_SIZE, CHUNK, FIRST, KV_VALUES, POSITIONS
 from nybble_kernels.numba.jit import f32, fast, fastest, inline
 from nybble_kernels.numba.memory import call_pages, f32_of_bits, get_f32, get_i32, get_i64, set_f32
 from nybble_kernels.numba.place import keys_of
@@ -46,8 +46,10 @@ def attend(op: int, frame: int, scores: int, low: int, high: int) -> None:
     """
     heads, size = get_i64(op, FIRST + 3), get_i64(op, FIRST + 5)
     window, page = get_i64(op, FIRST + 7), get_i64(frame, BLOCK_SIZE)
+    together = get_i64(op, CHUNK)
     for unit in range(low, high):
-        row, part = unit // PARTS, unit % PARTS
+        row, turn = unit // PARTS, unit % PARTS
+        part = turn % together * (PARTS // together) + turn // together  # a thread's are not neighbours
         last = get_i32(get_i64(frame, POSITIONS), row)
         first = max(0, last - window + 1) if window > 0 else 0
         pages = last // page + 1 - first // page
@@ -56,7 +58,7 @@ def attend(op: int, frame: int, scores: int, low: int, high: int) -> None:
         start = max(first, first // page * page + part * each)
         stop = min(last + 1, first // page * page + (part + 1) * each)
         query = get_i64(op, FIRST) + get_i64(op, FIRST + 1) * row
-        out = get_i64(op, FIRST + 2) + 4 * unit * heads * (size + 2)
+        out = get_i64(op, FIRST + 2) + 4 * (PARTS * row + part) * heads * (size + 2)
         attend_part(op, frame, scores, row, start, stop, query, out)
 
 
@@ -64,7 +66,7 @@ def attend(op: int, frame: int, scores: int, low: int, high: int) -> None:
 def attend_part(
     op: int, frame: int, scores: int, row: int, start: int, stop: int, query: int, out: int
 ) -> None:
-    """Positions [start, stop), possibly none; scores: float32 [heads, stop - start]."""
+    """Positions [start, stop), or none: then no output either. scores: float32 [heads, stop - start]."""
     heads, size = get_i64(op, FIRST + 3), get_i64(op, FIRST + 5)
     scale = f32_of_bits(get_i64(op, FIRST + 8))
     stats = out + 4 * heads * size
@@ -78,9 +80,9 @@ def attend_part(
             total = exponentials(scores + 4 * h * count, count, top, scale)
         set_f32(stats, 2 * h, top)
         set_f32(stats, 2 * h + 1, total)
-    for i in range(heads * size):
-        set_f32(out, i, _ZERO)
     if count > 0:
+        for i in range(heads * size):
+            set_f32(out, i, _ZERO)
         over_pages(op, frame, row, get_i64(op, FIRST + 10), scores, out, 0, start, stop)
 
 

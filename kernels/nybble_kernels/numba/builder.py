@@ -159,7 +159,11 @@ class ProgramBuilder:
         sizes = shape.heads, shape.kv_heads, shape.head_dim
         scale, parts = bits_of(shape.scale), self._parts(shape)
         tail = layer, window or 0, scale, *kernels
-        self.ops.append(record(Code.ATTEND, qkv.address, qkv.stride, parts, *sizes, *tail, per_row=PARTS))
+        together = max(
+            n for n in (1, 2, 4, PARTS) if n * self.arena.threads <= max(PARTS, self.arena.threads)
+        )
+        place = qkv.address, qkv.stride, parts
+        self.ops.append(record(Code.ATTEND, *place, *sizes, *tail, per_row=PARTS, chunk=together))
         merge = parts, out.address, shape.heads, shape.head_dim, scale
         self.ops.append(record(Code.MERGE, *merge, per_row=1))
         self._changed(out)

@@ -10,7 +10,7 @@ from typing import Any
 
 from nybble_kernels.numba.gemv import Gemv
 from nybble_kernels.numba.isa import Isa
-from nybble_kernels.numba.layout import ROWS, STREAMS, Format
+from nybble_kernels.numba.layout import ROWS, Format
 
 
 def emit_gemm(module: Any, isa: Isa, form: Format, tile: int) -> None:
@@ -22,7 +22,7 @@ class _Gemm(Gemv):
     def emit(self) -> None:
         e, lanes = self.e, self.isa.lanes
         self.streams, self.parts = 1, range(1)
-        with e.loop(STREAMS) as number, e.loop(ROWS // lanes) as part:
+        with e.loop(self.count) as number, e.loop(ROWS // lanes) as part:
             self.lane = e.times(part, lanes)
             block = e.at(self.block, e.times(number, self.stream))
             self._blocks(block, e.at(self.y, e.times(number, 4 * ROWS), e.times(self.lane, 4)))

@@ -17,8 +17,10 @@ from nybble_kernels.numba.layout import ROWS, STREAMS, SUB, Format
 PREFETCH_BYTES = 8192
 """Ahead of the codes. On Zen 3 from memory, GB/s: none 7.0, 1024 9.0, 4096 10.9, 8192 to 65536 11.7."""
 
-ARGUMENTS = (PTR, I64, PTR, I64, PTR, I64, I64, I64)
-"""first block, bytes between streams, activations, bytes between rows, y, bytes between rows, groups, subs"""
+ARGUMENTS = (PTR, I64, PTR, I64, PTR, I64, I64, I64, I64)
+"""first block, bytes between streams, activations, bytes between rows, y, bytes between rows, groups, subs,
+blocks (two or four; a single row has a kernel for each)
+"""
 
 
 def gemv_name(form: Format, tile: int, blocks: int = STREAMS) -> str:
@@ -37,12 +39,10 @@ def emit_gemv(module: Any, isa: Isa, form: Format, tile: int, blocks: int = STRE
 class Gemv:
     def __init__(self, module: Any, isa: Isa, form: Format, tile: int, blocks: int = STREAMS) -> None:
         self.e = Emitter(module, gemv_name(form, tile, blocks), ARGUMENTS)
-        self.blocks = blocks
         self.isa, self.form, self.tile = isa, form, tile
         self.floats, self.words = vector(F32, isa.lanes), vector(I32, isa.lanes)
-        self.block, self.stream, first, stride, self.y, self.y_stride, self.groups, self.subs = (
-            self.e.function.args
-        )
+        self.block, self.stream, first, stride, self.y, self.y_stride, *sizes = self.e.function.args
+        self.groups, self.subs, self.count = sizes
         self.rows = [self.e.at(first, self.e.times(stride, m)) for m in range(tile)]
         all_subs = self.e.times(self.groups, self.subs)
         self.scale_at = self.e.times(all_subs, SUB)  # inside an activation row
@@ -53,7 +53,8 @@ class Gemv:
 
     def emit(self) -> None:
         e = self.e
-        with e.loop(self.blocks // self.streams) as turn:
+        turns = 1 if self.tile == 1 else e.b.udiv(self.count, e.i64(self.streams))
+        with e.loop(turns) as turn:
             number = e.times(turn, self.streams)
             block = e.at(self.block, e.times(number, self.stream))
             self._blocks(block, e.at(self.y, e.times(number, 4 * ROWS)))

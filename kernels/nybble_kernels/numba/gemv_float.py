@@ -7,7 +7,7 @@ from typing import Any
 from nybble_kernels.numba.emit import F32, I16, Emitter, filled, vector
 from nybble_kernels.numba.gemv import ARGUMENTS, PREFETCH_BYTES
 from nybble_kernels.numba.isa import Isa
-from nybble_kernels.numba.layout import ROWS, STREAMS
+from nybble_kernels.numba.layout import ROWS
 
 
 def float_name(tile: int) -> str:
@@ -17,12 +17,12 @@ def float_name(tile: int) -> str:
 def emit_float(module: Any, isa: Isa, tile: int) -> None:
     """Arguments as for quantized blocks; x is float32, "groups" are the inputs, "subs" is not used."""
     e = Emitter(module, float_name(tile), ARGUMENTS)
-    first, stream, x, x_stride, y, y_stride, inputs, _ = e.function.args
+    first, stream, x, x_stride, y, y_stride, inputs, _, blocks = e.function.args
     lanes, floats = isa.lanes, vector(F32, isa.lanes)
     parts = range(ROWS // lanes)
     rows = [e.at(x, e.times(x_stride, m)) for m in range(tile)]
     results = e.variables(floats, tile * len(parts))
-    with e.loop(STREAMS) as number:
+    with e.loop(blocks) as number:
         block, target = e.at(first, e.times(number, stream)), e.at(y, e.times(number, 4 * ROWS))
         for slot in results:
             e.b.store(filled(floats, 0.0), slot)

@@ -48,17 +48,18 @@ def gemv(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -> N
         part, four = unit // fours, unit % fours
         weights = get_i64(op, FIRST) + part * STREAMS * stream + four * size
         start = ROWS * (part * share + four * STREAMS)
-        blocks = min(STREAMS, share - four * STREAMS)
-        count = min(ROWS * blocks, outputs - start)
+        count = min(ROWS * min(STREAMS, share - four * STREAMS), outputs - start)
+        blocks = 2 if count <= 2 * ROWS else STREAMS
         row = 0
         while row < rows and count > 0:
             tile = 0
             while TILES[tile] > rows - row:
                 tile += 1
             step, kernel = TILES[tile], get_i64(op, FIRST + 4 + tile)
-            if step == 1 and count <= 2 * ROWS and get_i64(op, FIRST + 8) != 0:
+            if step == 1 and blocks == 2 and get_i64(op, FIRST + 8) != 0:
                 kernel = get_i64(op, FIRST + 8)
-            call_gemv(kernel, weights, stream, x + row * x_stride, x_stride, scratch, 4 * FOUR, groups, subs)
+            rows_at = x + row * x_stride
+            call_gemv(kernel, weights, stream, rows_at, x_stride, scratch, 4 * FOUR, groups, subs, blocks)
             for m in range(step):
                 target = y + (row + m) * y_stride + 4 * start
                 finish(scratch + 4 * FOUR * m, target, count, bias + 4 * start if bias != 0 else 0, residual)

@@ -91,6 +91,7 @@ class Kernels:
         self._machine = self._target.machine()
         self._engine = binding.create_mcjit_compiler(binding.parse_assembly(""), self._machine)
         self._loaded: set[Format | None] = set()
+        self._addresses: dict[str, int] = {}
         self._lock = Lock()
 
     def __getitem__(self, name: str) -> int:
@@ -105,12 +106,17 @@ class Kernels:
 
     def _address(self, name: str, form: Format | None) -> int:
         with self._lock:
-            if form not in self._loaded:
-                code = _object(self.isa, form, self._target, self._machine, self._cache)
-                self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
-                self._engine.finalize_object()
-                self._loaded.add(form)
-            return int(self._engine.get_function_address(name))
+            if name not in self._addresses:
+                self._load(form)
+                self._addresses[name] = int(self._engine.get_function_address(name))
+            return self._addresses[name]
+
+    def _load(self, form: Format | None) -> None:
+        if form not in self._loaded:
+            code = _object(self.isa, form, self._target, self._machine, self._cache)
+            self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
+            self._engine.finalize_object()
+            self._loaded.add(form)
 
 
 def _object(isa: Isa, form: Format | None, target: Target, machine: Any, cache: Path) -> bytes:

@@ -160,17 +160,12 @@ def _caller(arguments: int, returned: Any, result: Any) -> Callable[..., Any]:
     def seven(typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any) -> Any:
         return result(*[types.int64] * 8), generate
 
-    def eight(
-        typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
-    ) -> Any:
-        return result(*[types.int64] * 9), generate
-
     def nine(
         typing: Any, address: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, i: Any
     ) -> Any:
         return result(*[types.int64] * 10), generate
 
-    shapes = {0: none, 1: one, 3: three, 7: seven, 8: eight, 9: nine}
+    shapes = {0: none, 1: one, 3: three, 7: seven, 9: nine}
     return cast(Callable[..., Any], intrinsic(shapes[arguments]))
 
 
@@ -178,5 +173,4 @@ call_libc0 = _caller(0, _I32, types.int32)
 call_libc1 = _caller(1, _I32, types.int32)
 call_dequantize = _caller(7, ir.VoidType(), types.void)
 call_quantize = _caller(3, ir.VoidType(), types.void)
-call_gemv = _caller(8, ir.VoidType(), types.void)
-call_pages = _caller(9, ir.VoidType(), types.void)
+call_gemv = call_pages = _caller(9, ir.VoidType(), types.void)

@@ -17,6 +17,7 @@ from nybble_kernels.numba.workers import Workers
 ROWS = 64
 """At a time, so that rounded activations stay in a cache of the second level."""
 
+CHUNKS = 16  # of so many rows, in one call
 PARTS = 4  # weights that one linear may be stacked from
 
 
@@ -28,17 +29,25 @@ class Products:
         self._kernels = kernels
         self._workers = workers
         self._number = number
-        self._ops = workers.add([[0] * RECORD] * (2 * PARTS))
+        self._ops = workers.add([[0] * RECORD] * (2 * PARTS * CHUNKS))
         self._rounded = words(0)
 
     def multiply(self, parts: Sequence[HeldWeight], x: Tensor, out: Tensor) -> None:
         """out[:, columns of each part] = x Wᵀ. x: float32 [T, K], out: float32 [T, N], rows contiguous."""
-        for start in range(0, len(x), ROWS):
-            rows, target = x[start : start + ROWS], out[start : start + ROWS]
-            ops = self._records(parts, rows, target)
-            self._ops[: len(ops)] = ops
-            self._workers.set_length(self._number, len(ops))
-            self._workers.run(self._number, len(rows))
+        whole = len(x) - len(x) % ROWS
+        for start in range(0, whole, ROWS * CHUNKS):
+            self._run(parts, x[start : start + ROWS * CHUNKS][: whole - start], out[start:], ROWS)
+        if whole < len(x):
+            self._run(parts, x[whole:], out[whole:], len(x) - whole)
+
+    def _run(self, parts: Sequence[HeldWeight], x: Tensor, out: Tensor, rows: int) -> None:
+        """So many rows at a time, in one call."""
+        ops: list[list[int]] = []
+        for start in range(0, len(x), rows):
+            ops += self._records(parts, x[start : start + rows], out[start : start + rows])
+        self._ops[: len(ops)] = ops
+        self._workers.set_length(self._number, len(ops))
+        self._workers.run(self._number, rows)
 
     def _records(self, parts: Sequence[HeldWeight], x: Tensor, out: Tensor) -> list[list[int]]:
         ops: list[list[int]] = []
