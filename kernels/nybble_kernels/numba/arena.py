@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,15 +43,26 @@ class Room:
 
     def fill(self, first: int, blocks: Tensor) -> None:
         """Blocks from number `first` on."""
-        self.data[self._at(torch.arange(first, first + len(blocks)))] = blocks
+        for held, rows in self._streams(first, blocks):
+            held.copy_(rows)
 
     def stored(self) -> Tensor:
         """uint8 [blocks, bytes of a block]: a copy, in order."""
-        return self.data[self._at(torch.arange(self.blocks))]
+        blocks = torch.empty(self.blocks, self.data.shape[3], dtype=torch.uint8)
+        for held, rows in self._streams(0, blocks):
+            rows.copy_(held)
+        return blocks
 
-    def _at(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        own = numbers % self.share
-        return numbers // self.share, own // STREAMS, own % STREAMS
+    def _streams(self, first: int, blocks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each stream's part of some blocks, here and there."""
+        for thread, data in enumerate(self.data):
+            skipped = max(0, first - thread * self.share)
+            start = thread * self.share + skipped - first
+            own = blocks[start : max(start, start + self.share - skipped)]
+            for stream in range(STREAMS):
+                ahead = (stream - skipped) % STREAMS
+                rows, four = own[ahead::STREAMS], (skipped + ahead) // STREAMS
+                yield data[four : four + len(rows), stream], rows
 
 
 class Arena:

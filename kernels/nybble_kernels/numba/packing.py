@@ -146,7 +146,10 @@ def _pack_codes(codes: Tensor, form: Format, blocks: int) -> Tensor:
     planes = []
     for width, low in form.planes:
         part = ((words >> low) & (2**width - 1)).unflatten(2, (width, 8 // width))
-        planes.append((part << _places_in_byte(width)).sum(3, dtype=torch.uint8))
+        plane = part[:, :, :, 0]
+        for number in range(1, 8 // width):
+            plane |= part[:, :, :, number] << (width * number)
+        planes.append(plane)
     return torch.cat(planes, dim=2)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,7 +134,7 @@ class TokenCounts:
         logits[ids] = seen - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
 
 
-def largest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+def largest(values: NDArray[np.floating[Any]], count: int) -> NDArray[np.int64]:
     """Indices of the `count` largest values, largest first, lowest index first among equals."""
     if count < values.size:
         chosen = np.sort(np.argpartition(values, values.size - count)[values.size - count :])
@@ -144,8 +145,8 @@ def largest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 
 def logprob(logits: Logits, token: int, top: int) -> TokenLogprob:
     """Log-softmax of the model's logits at `token`, and the `top` most likely alternatives."""
-    shifted = logits.astype(np.float64) - float(logits.max())
-    normaliser = float(np.log(np.exp(shifted).sum()))
-    best = largest(shifted, top) if top else np.zeros(0, dtype=np.int64)
-    alternatives = tuple((int(i), float(shifted[i]) - normaliser) for i in best)
-    return TokenLogprob(token, float(shifted[token]) - normaliser, alternatives)
+    highest = logits.max()
+    normaliser = float(highest) + float(np.log(np.exp(logits - highest).sum(dtype=np.float64)))
+    best = largest(logits, top) if top else np.zeros(0, dtype=np.int64)
+    alternatives = tuple((int(i), float(logits[i]) - normaliser) for i in best)
+    return TokenLogprob(token, float(logits[token]) - normaliser, alternatives)
