@@ -122,7 +122,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, list[float]]:
     steppers = {}
     for threads in arguments.threads:
         program = build_program(
-            SPEC, weights, kv, head=head, threads=threads, max_batch=max(arguments.batch), progress=print
+            SPEC,
+            weights,
+            kv,
+            head=lambda: head,
+            threads=threads,
+            max_batch=max(arguments.batch),
+            progress=print,
         )
         print(f"{program.isa}, {threads} threads: error {check(program, weights):.4f} against the reference")
         steppers[threads] = Stepper(program, arguments.context, blocks)

@@ -117,9 +117,9 @@ def program_of(
 ) -> tuple[DecodeProgram, Tensor]:
     """A program over a cache of its own, filled with NaN: what is read must have been written."""
     kv = paged.allocate(spec, blocks, block_size).fill_(float("nan"))
-    if head is None:
-        head = weights.embed if weights.head is None else weights.head.weight
-    made = build_program(spec, weights, kv, head=head, threads=threads, max_batch=max_batch, isa=isa)
+    stored = weights.embed if weights.head is None else weights.head.weight
+    kept = stored if head is None else head
+    made = build_program(spec, weights, kv, head=lambda: kept, threads=threads, max_batch=max_batch, isa=isa)
     return made, kv
 
 

@@ -27,7 +27,7 @@ def build_program(
     weights: Weights,
     kv: Tensor,
     *,
-    head: Weight,
+    head: Callable[[], Weight],
     threads: int,
     max_batch: int,
     isa: str | None = None,
@@ -39,15 +39,19 @@ def build_program(
 
     blocks: those that `weights` lacks, packed as they come: without their weights they are added to it. They
     take about `reserve` bytes.
-    kv: bfloat16 [layers, blocks, 2, block_size, kv_heads, head_dim], zeros at first · head: the output matrix
-    in the form it is to be kept; where the model ties it to the embedding, the embedding is read from it too.
+    kv: bfloat16 [layers, blocks, 2, block_size, kv_heads, head_dim], zeros at first · head: makes the output
+    matrix in the form it is to be kept. It is packed before any block is read, and let go of. Where the model
+    ties it to the embedding and it is quantized, the embedding is read from it too.
     """
     chosen = choose(isa)
     with ThreadPoolExecutor(1, "compile") as aside:  # while the kernels compile as their formats are met
         run = aside.submit(compiled_step, progress)
-        arena = Arena(_reserve(weights, head) + reserve, max(1, threads))
+        made = head()
+        arena = Arena(_reserve(weights, made) + reserve, max(1, threads))
+        held = hold(made, arena)
+        del made
         writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, max_batch), kv)
-        tables = writer.write(head, weights.blocks if blocks is None else _hollowed(blocks, weights))
+        tables = writer.write(held, weights.blocks if blocks is None else _hollowed(blocks, weights))
         limits = Limits(spec.vocab_size, spec.max_positions, _kv_bytes(spec))
         step = run.result()
     return DecodeProgram(writer.builder, step, kv, writer.linears, tables, spec.hidden_size, limits)
@@ -102,7 +106,7 @@ class _Writer:
         self.first = builder.buffer(spec.intermediate_size * (2 if spec.gated else 1))
         self.inner = builder.buffer(spec.intermediate_size)
 
-    def write(self, head: Weight, blocks: Iterable[Block]) -> Tables:
+    def write(self, head: HeldWeight, blocks: Iterable[Block]) -> Tables:
         """The whole step; returns the head and the embedding as they will be read."""
         builder, spec = self.builder, self.spec
         for layer, block in enumerate(blocks):
@@ -110,12 +114,12 @@ class _Writer:
             self._mlp(layer, block)
         self._norm(self.x, self.normed, self.weights.final_norm)
         bias = None if self.weights.head is None else self.weights.head.bias
-        held = builder.linear(self.normed, LOGITS, head, bias, kind="head")
-        embedding = self._table(held)
+        builder.linear(self.normed, LOGITS, head, bias, kind="head")
+        embedding = self._table(head)
         ops, builder.ops = builder.ops, []
         builder.embed(self.x, embedding, self.weights.positions, spec.position_offset)
         builder.ops += ops
-        return Tables(held, embedding)
+        return Tables(head, embedding)
 
     def _table(self, head: HeldWeight) -> Tensor | HeldWeight:
         """The embedding: the packed head that is tied to it, levels of its own, or floats as stored."""

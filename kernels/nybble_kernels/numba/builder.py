@@ -20,12 +20,7 @@ from nybble_kernels.numba.embed import BFLOAT, FLOAT, PACKED
 from nybble_kernels.numba.frame import Code, record
 from nybble_kernels.numba.layout import ROWS, STREAMS, TILES, activation_bytes, aligned
 from nybble_kernels.numba.machine import Kernels
-from nybble_kernels.numba.weight import (
-    FloatWeight,
-    HeldWeight,
-    QuantizedWeight,
-    hold,
-)
+from nybble_kernels.numba.weight import HeldWeight, QuantizedWeight, hold
 from nybble_kernels.quantized import Weight
 
 
@@ -103,15 +98,15 @@ class ProgramBuilder:
         self,
         x: Buffer,
         y: Buffer,
-        weight: Weight,
+        weight: Weight | HeldWeight,
         bias: Tensor | None = None,
         *,
         column: int = 0,
         residual: bool = False,
         kind: str = "linear",
-    ) -> QuantizedWeight | FloatWeight:
+    ) -> HeldWeight:
         """y[:, column : column + outputs] = x Wᵀ + bias (+ y)."""
-        held = hold(weight, self.arena)
+        held = hold(weight, self.arena) if isinstance(weight, Weight) else weight
         source = self._integer(x, held) if held.integer else (x.address, x.stride)
         target = (0, 0) if y is LOGITS else (y.address + 4 * column, y.stride)
         offset = 0 if bias is None else self._constant(bias)

@@ -43,12 +43,10 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
     kv = paged.allocate(loader.spec, planned.kv_tokens // config.block_size, config.block_size)
     weights = timer("load", loader.frame)
     blocks = Passing(loader, timer.inside("pack"))
-    head = head_of(weights, config)
     kernels, step = timer(
-        "pack", lambda: make_step(config, loader.spec, weights, kv, head, threads, blocks, planned.weights)
+        "pack", lambda: make_step(config, loader.spec, weights, kv, threads, blocks, planned.weights)
     )
-    held = dict(step.weight_bytes_per_step) | table_bytes(weights, head)
-    forget(weights, head, packed=kernels.startswith("numba"))
+    held = dict(step.weight_bytes_per_step) | table_bytes(weights)
     prefill = Prefill(loader.spec, weights, step, kv, prefill_dtype(config, kernels))
     runner = CpuRunner(step, prefill, max_batch=config.max_num_seqs, weight_bytes=held)
     timer("warm-up", lambda: warm_up(runner))
@@ -93,21 +91,25 @@ class Passing:
             yield block
 
 
-def table_bytes(weights: Weights, head: Weight) -> dict[str, int]:
+def table_bytes(weights: Weights) -> dict[str, int]:
     """What a step holds and does not read whole: positions, and an embedding that is not the head."""
-    shared = weights.head is None and isinstance(head, QuantizedTensor)
-    tables = [None if shared else weights.embed, weights.positions]
-    return {"embedding": sum(table.nbytes for table in tables if table is not None)}
+    held = [t for t in (weights.embed, weights.positions) if t is not None and not _gone(t)]
+    return {"embedding": sum(table.nbytes for table in held)}
 
 
-def forget(weights: Weights, head: Weight, *, packed: bool) -> None:
-    """Let go of matrices of which the step holds its own copy; `packed`: of the embedding too."""
-    if not isinstance(head, QuantizedTensor):
-        return
-    if weights.head is not None:
-        weights.head.weight = head
-    elif packed:
-        weights.embed = torch.empty(shape_of(weights.embed), device="meta")
+def _gone(table: Weight) -> bool:
+    return isinstance(table, torch.Tensor) and table.is_meta
+
+
+def take_head(weights: Weights, config: ServeConfig, *, packed: bool) -> Weight:
+    """The head to be packed. What it was made of is let go of; `packed`: an embedding tied to it, too."""
+    head = head_of(weights, config)
+    if isinstance(head, QuantizedTensor):
+        if weights.head is not None:
+            weights.head.weight = head
+        elif packed:
+            weights.embed = torch.empty(shape_of(weights.embed), device="meta")
+    return head
 
 
 def make_step(
@@ -115,7 +117,6 @@ def make_step(
     spec: ModelSpec,
     weights: Weights,
     kv: torch.Tensor,
-    head: Weight,
     threads: int,
     blocks: Iterable[Block],
     reserve: int,
@@ -128,7 +129,7 @@ def make_step(
             spec,
             weights,
             kv,
-            head=head,
+            head=lambda: take_head(weights, config, packed=True),
             threads=threads,
             max_batch=config.max_num_seqs,
             blocks=blocks,
@@ -138,6 +139,7 @@ def make_step(
     from nybble_models.torch_step import TorchStep
 
     weights.blocks += blocks
+    head = take_head(weights, config, packed=False)
     if config.kernels == "reference":
         return "reference float32", TorchStep.reference(spec, weights, kv, head)
     return "torch int4", TorchStep(spec, weights, kv, head)
