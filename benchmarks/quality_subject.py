@@ -18,6 +18,7 @@ from nybble.evaluation.material import Choice, gather
 from nybble.evaluation.model import Model
 from nybble.evaluation.wikitext import fetch_wikitext
 from nybble_models.checkpoint import REPORT
+from nybble_models.errors import ModelError
 from nybble_models.hub import fetch, name_of
 from nybble_quantizers import papers
 from nybble_quantizers.calibrate import refuse_overlap
@@ -133,10 +134,13 @@ class Subject:
 
 
 def calibration_of(folder: Path) -> str | None:
-    """The text by name and size, as the folder's report has it; None: no text, or no report."""
+    """The text by name and size, as the folder's report has it. None: no text, or no report to be read."""
     if not (folder / REPORT).exists():
         return None
-    text = papers.read(folder).calibration
+    try:
+        text = papers.read(folder).calibration
+    except ModelError:
+        return None
     return text and f"{text['origin']}, {text['samples']} x {text['length']}"
 
 

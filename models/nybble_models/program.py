@@ -47,7 +47,8 @@ def build_program(
     with ThreadPoolExecutor(1, "compile") as aside:  # while the kernels compile as their formats are met
         run = aside.submit(compiled_step, progress)
         made = head()
-        arena = Arena(_reserve(weights, made) + reserve, max(1, threads))
+        threads = max(1, threads)
+        arena = Arena(_reserve(weights, made, threads) + reserve, threads)
         held = hold(made, arena)
         del made
         writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, max_batch), kv)
@@ -64,11 +65,11 @@ def _hollowed(blocks: Iterable[Block], weights: Weights) -> Iterator[Block]:
         weights.blocks.append(block.hollow())
 
 
-def _reserve(weights: Weights, head: Weight) -> int:
+def _reserve(weights: Weights, head: Weight, threads: int) -> int:
     linears = [linear.weight for block in weights.blocks for linear in block.linears.values()]
     apart = weights.head is not None and isinstance(weights.embed, QuantizedTensor)
     tables = [head, weights.embed] if apart else [head]
-    return sum(packed_bound(weight) for weight in [*linears, *tables])
+    return sum(packed_bound(weight, threads) for weight in [*linears, *tables])
 
 
 def _kv_bytes(spec: ModelSpec) -> Callable[[int], int]:

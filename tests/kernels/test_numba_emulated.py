@@ -34,7 +34,7 @@ MAIN = r"""
 #include <stdio.h>
 #include <stdlib.h>
 typedef void product(void *, long, void *, long, void *, long, long, long, long);
-extern product FORM_m1, FORM_m2, FORM_m4, FORM_m8;
+extern product FORM_m1, FORM_m1_b2, FORM_m2, FORM_m4, FORM_m8;
 extern void FORM_dequantize(void *, void *, long, long, long, long, long);
 extern void quantize_row(void *, void *, long);
 int main(int count, char **names) {
@@ -52,6 +52,12 @@ int main(int count, char **names) {
             all[i](w, h[1], q + h[2] * row, h[2], y + 64 * row, 256, h[3], h[4], 4);
         fwrite(y, 4, 8 * 64, file);
     }
+    for (int row = 0; row < 8; row++) {
+        float *z = y + 64 * row; /* two blocks, then two from the third on */
+        FORM_m1_b2(w, h[1], q + h[2] * row, h[2], z, 256, h[3], h[4], 2);
+        FORM_m1_b2(w + 2 * h[1], h[1], q + h[2] * row, h[2], z + 32, 256, h[3], h[4], 2);
+    }
+    fwrite(y, 4, 8 * 64, file);
     for (int block = 0; block < 4; block++) {
         FORM_dequantize(w + h[1] * block, d, 4 * h[5], 0, 16, h[3], h[4]);
         fwrite(d, 4, 16 * h[5], file);
@@ -89,10 +95,10 @@ def here(form: Format, held: QuantizedWeight, x: torch.Tensor, stride: int) -> N
     return y
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(4, "zeros"), (7, "minimums"), (8, "zeros")])
+@pytest.mark.parametrize(("bits", "kind"), [(4, "zeros"), (7, "minimums"), (8, "symmetric")])
 def test_neon_gives_the_bits_of_this_machine(tmp_path: Path, bits: int, kind: str) -> None:
     weight = quantized(OUTPUTS, INPUTS, bits, 64, kind)
-    if kind == "zeros":  # the others keep float32 scales
+    if kind != "minimums":  # they keep float32 scales
         weight = QuantizedTensor(weight.codes, weight.scales.half().float(), bits, 64, weight.zeros)
     arena = Arena(1 << 20)
     held = hold(weight, arena)
@@ -101,8 +107,9 @@ def test_neon_gives_the_bits_of_this_machine(tmp_path: Path, bits: int, kind: st
     blocks, stride = held.packed.room.stored(), aligned(activation_bytes(INPUTS))
     head = blocks.numel(), blocks.shape[1], stride, held.packed.groups, held.packed.subs, INPUTS
     made = emulated(form, tmp_path, struct.pack("6q", *head) + blocks.numpy().tobytes() + x.numpy().tobytes())
-    products = made[: len(TILES) * BATCH * OUTPUTS].reshape(len(TILES), BATCH, OUTPUTS)
+    ways = [*TILES, "two blocks"]
+    products = made[: len(ways) * BATCH * OUTPUTS].reshape(len(ways), BATCH, OUTPUTS)
     expected = here(form, held, x, stride)
-    for tile, product in zip(TILES, products, strict=True):
-        assert np.array_equal(product, expected), tile
+    for way, product in zip(ways, products, strict=True):
+        assert np.array_equal(product, expected), way
     assert np.array_equal(made[products.size :].reshape(OUTPUTS, INPUTS), weight.dequantize().numpy())

@@ -99,8 +99,8 @@ def held(cache: Cache, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("head_dim", [8, 32, 80, 10])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 2), (7, 1), (2, 1)])
-@pytest.mark.parametrize("window", [None, 5, 33])
-def test_attention(head_dim: int, heads: int, kv_heads: int, window: int | None) -> None:
+@pytest.mark.parametrize(("window", "threads"), [(None, 1), (5, 1), (33, 1), (None, 2), (33, 3), (None, 9)])
+def test_attention(head_dim: int, heads: int, kv_heads: int, window: int | None, threads: int) -> None:
     shape = Attention(heads, kv_heads, head_dim, 0.3)
     positions = [0, 3, 16, 270, 600]
     cache = scene(5, shape, positions, page=8)
@@ -109,12 +109,12 @@ def test_attention(head_dim: int, heads: int, kv_heads: int, window: int | None)
         for p in range(first, position + 1):
             block = cache.tables[row, p // 8].long()
             cache.kv[1, block, :, p % 8] = torch.randn(2, kv_heads, head_dim).bfloat16()
-    program = builder(rows=5)
+    program = builder(rows=5, threads=threads)
     qkv, out = program.buffer((heads + 2 * kv_heads) * head_dim), program.buffer(heads * head_dim)
     values = torch.randn(5, qkv.width)
     fill(qkv, values)
     program.attend(qkv, out, shape, 1, window, length=608, page=8)
-    run(program, 5, cache=cache)
+    run(program, 5, threads, cache=cache)
     for row, position in enumerate(positions):
         keys, contents = (t[: position + 1].float().nan_to_num() for t in held(cache, 1, row))
         query = values[row, : heads * head_dim].view(1, heads, head_dim)

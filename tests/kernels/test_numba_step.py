@@ -128,7 +128,7 @@ def test_weights_come_back_bit_for_bit(weight: QuantizedTensor, threads: int) ->
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("rows", [1, 7, 300])
+@pytest.mark.parametrize("rows", [1, 7, 300, 1100])
 def test_products_of_a_prompt_are_those_of_a_step(rows: int, threads: int) -> None:
     """Partners of several kinds, in pieces of 64 rows: each row as it would be alone."""
     spec = tiny_spec("llama")

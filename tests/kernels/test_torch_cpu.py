@@ -65,7 +65,7 @@ def test_scales_of_int8_rows_are_float16_where_that_is_as_good(size: float, half
 
 
 @pytest.mark.parametrize("group", [None, 32])
-def test_int8_rows_stay_within_half_a_step(group: int | None) -> None:
+def test_int8_rows_stay_near_half_a_step(group: int | None) -> None:
     weight = torch.randn(20, 64) * torch.rand(20, 1)
     quantized_rows = torch_cpu.quantize_rows(weight, group)
     error = (quantized_rows.dequantize() - weight).abs().unflatten(1, (-1, group or 64)).amax(-1)

@@ -68,8 +68,9 @@ class Room:
 class Arena:
     """Weights in the order in which a step reads them: of every thread what it reads, in four streams.
 
-    A thread reads its streams from end to end, from one weight into the next, so what it fetches ahead is
-    what it needs next. Reserved memory costs nothing. Where more than was reserved is wanted, it goes on in
+    A thread reads its streams from end to end, from one weight into the next (past a hole where its share of
+    a weight leaves two of the four streams empty), so what it fetches ahead is what it needs next. Reserved
+    memory costs nothing. Where more than was reserved is wanted, it goes on in
     another stretch of memory.
     """
 
@@ -86,7 +87,7 @@ class Arena:
         count = -(-share // STREAMS)
         if not self._stretch.fits(count * size):
             needed = self.threads * STREAMS * count * size
-            self._stretch = _Stretch(max(self._reserve, needed), self.threads)
+            self._stretch = _Stretch(max(self._reserve // 8, needed), self.threads)
         return Room(self._stretch.take(count, size), blocks, share)
 
 

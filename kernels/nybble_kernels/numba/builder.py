@@ -154,11 +154,10 @@ class ProgramBuilder:
         sizes = shape.heads, shape.kv_heads, shape.head_dim
         scale, parts = bits_of(shape.scale), self._parts(shape)
         tail = layer, window or 0, scale, *kernels
-        together = max(
-            n for n in (1, 2, 4, PARTS) if n * self.arena.threads <= max(PARTS, self.arena.threads)
-        )
+        threads = self.arena.threads
+        chunk = max(n for n in (1, 2, 4, PARTS) if n * threads <= max(PARTS, threads))
         place = qkv.address, qkv.stride, parts
-        self.ops.append(record(Code.ATTEND, *place, *sizes, *tail, per_row=PARTS, chunk=together))
+        self.ops.append(record(Code.ATTEND, *place, *sizes, *tail, per_row=PARTS, chunk=chunk))
         merge = parts, out.address, shape.heads, shape.head_dim, scale
         self.ops.append(record(Code.MERGE, *merge, per_row=1))
         self._changed(out)
@@ -198,7 +197,7 @@ class ProgramBuilder:
         self._integers = {k: v for k, v in self._integers.items() if k[0] != y.address}
 
     def _table(self, table: Tensor | HeldWeight) -> tuple[int, ...]:
-        """Kind, address, kernel, bytes of a block and between streams, groups, subs of an embedding."""
+        """Kind, place, kernel, groups and subs of an embedding."""
         if isinstance(table, QuantizedWeight) and table.columns is None:
             form, sizes = table.packed.form, (table.packed.groups, table.packed.subs)
             kernel = self.kernels.dequantize(form)

@@ -10,10 +10,10 @@ more whole sub-groups. Per block, in this order:
     offsets  groups x 16 rows: integer zeros (uint8), real minimums in the type of the scales, or nothing
              where every zero is the middle code
 
-Four blocks are read side by side, each from a stream of its own: block b of a weight is number b // 4 in
-stream b % 4, and the streams of the arena lie far apart. One core of Zen 3 read 12 GB/s from one stream and
-15.5 from four, where a plain sum of the same memory reached 16. The layout is the same for every instruction
-set, so a packed weight can be checked anywhere.
+Four blocks are read side by side, each from a stream of its own: block b of a thread's share is number b // 4
+in stream b % 4 (`arena.Room`), and the streams of the arena lie far apart. One core of Zen 3 read 12 GB/s
+from one stream and 15.5 from four, where a plain sum of the same memory reached 16. The layout is the same
+for every instruction set, so a packed weight can be checked anywhere.
 """
 
 from __future__ import annotations

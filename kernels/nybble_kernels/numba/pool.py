@@ -1,10 +1,9 @@
 """Sharing one step among threads without waiting for a thread that the system has not scheduled.
 
-Every op of a step is cut into units. Where they read weights, each thread has a share of them that lies in
-memory for it to read from end to end, and helps with the others' shares once its own is taken; all else is
-one share. A thread that is late (its core busy with the event loop) finds the work done and catches up;
-nobody waits for it unless it holds a unit. Spins are short, then yield, and between steps a worker sleeps on
-a semaphore.
+Every op of a step is cut into units. Of a product each thread has a share that lies in memory for it to read
+from end to end, and it helps with the others' shares once its own is taken; all else is one share. A thread
+that is late (its core busy with the event loop) finds the work done and catches up; nobody waits for it
+unless it holds a unit. Spins are short, then yield, and between steps a worker sleeps on a semaphore.
 
 Each op has words of the kind `step << 32 | count`: how many units are DONE, and of each share how many are
 TAKEN, or CLOSED. A word of an older step counts as zero, so nothing is reset between steps.
@@ -20,7 +19,7 @@ CLOSED = 0xFFFFFFFF
 SPINS = 200  # of about 40 ns, then the core is offered to others
 IDLE_SPINS = 500  # before a worker without a step goes to sleep
 
-# The words of a pool, as int64 numbers. STEP is `step << 24 | program << 16 | rows`.
+# The words of a pool, as int64 numbers. STEP is `step << 24 | program << 16 | rows`; no rows: no step runs.
 STEP, STOP, YIELD, WAIT, POST, PROGRAMS, WORKERS = 0, 8, 16, 17, 18, 24, 48
 OPS, COUNT, WORDS, STRIDE, PROGRAM = 0, 1, 2, 3, 4  # of a program: ops, how many, their words, bytes an op
 PARKED, SEMAPHORE, WORKER = 0, 8, 16  # of a worker, in a cache line each
@@ -45,6 +44,8 @@ def take(word: int, step: int, total: int, chunk: int) -> int:
 def finish_units(word: int, step: int, count: int) -> None:
     while True:
         seen = atomic_get(word)
+        if seen >> 32 > step:
+            return
         done = seen & CLOSED if seen >> 32 == step else 0
         if swap_if(word, seen, step << 32 | (done + count)):
             return

@@ -72,11 +72,14 @@ def share(
     """Do this thread's share of an op, then what is left of the others', and wait for what they have taken.
     Step 0: there are no others.
     """
-    total, shares = get_i64(op, PER_ROW) * rows + get_i64(op, FIXED), get_i64(op, SHARES)
+    total = atomic_get(op + 8 * PER_ROW) * rows + atomic_get(op + 8 * FIXED)
+    shares, chunk = atomic_get(op + 8 * SHARES), atomic_get(op + 8 * CHUNK)
     if step == 0:
         execute(op, frame, rows, scratch, 0, total)
         return
-    units, chunk, finished = total // shares, get_i64(op, CHUNK), 0
+    if total == 0 or atomic_get(pool + 8 * STEP) >> 24 != step:  # the record may be of a later step already
+        return
+    units, finished = total // shares, 0
     for turn in range(shares):
         part = (thread + turn) % shares
         while True:
@@ -96,7 +99,7 @@ def walk(pool: int, frame: int, program: int, rows: int, step: int, thread: int)
     """All ops in order; between two ops everything of the first is finished."""
     scratch = get_i64(frame, SCRATCH) + thread * get_i64(frame, SCRATCH_STRIDE)
     held = pool + 8 * (PROGRAMS + PROGRAM * program)
-    ops, count, words = get_i64(held, OPS), get_i64(held, COUNT), get_i64(held, WORDS)
+    ops, count, words = get_i64(held, OPS), atomic_get(held + 8 * COUNT), get_i64(held, WORDS)
     for i in range(count):
         own = words + i * get_i64(held, STRIDE)
         share(ops + 8 * RECORD * i, frame, rows, scratch, pool, own, step, thread)
@@ -116,6 +119,9 @@ def publish(pool: int, program: int, rows: int, workers: int) -> int:
 def run(pool: int, frame: int, program: int, rows: int, workers: int, number: int) -> None:
     """Thread 0 runs a program over `rows` rows, with whichever workers join in. Thread `number` from 1 is a
     worker for life: it joins one step after another until told to stop.
+
+    When thread 0 returns, the step's number is taken back: the records may be written anew, and a worker that
+    is late must not take them for those of its step.
     """
     worker = pool + 8 * (WORKERS + WORKER * (number - 1))
     word = 0
@@ -123,7 +129,9 @@ def run(pool: int, frame: int, program: int, rows: int, workers: int, number: in
         word = publish(pool, program, rows, workers) if number == 0 else next_step(pool, worker, word)
         if number != 0 and atomic_get(pool + 8 * STOP) != 0:
             return
-        if word != 0:
+        if word & 0xFFFF != 0:
             walk(pool, frame, (word >> 16) & 0xFF, word & 0xFFFF, word >> 24, number)
         if number == 0:
+            if workers != 0:
+                atomic_set(pool + 8 * STEP, (word >> 24) + 1 << 24)
             return

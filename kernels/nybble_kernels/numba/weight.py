@@ -149,10 +149,11 @@ def hold(weight: Weight, arena: Arena) -> QuantizedWeight | FloatWeight:
     return FloatWeight(room, outputs, inputs)
 
 
-def packed_bound(weight: Weight) -> int:
-    """At most this many bytes of arena."""
+def packed_bound(weight: Weight, threads: int = 1) -> int:
+    """At most this many bytes of an arena for so many threads."""
     outputs, inputs = shape_of(weight)
-    blocks = -(-outputs // (ROWS * STREAMS)) * STREAMS
+    share = 2 * -(-outputs // (2 * ROWS * threads))
+    blocks = threads * -(-share // STREAMS) * STREAMS
     if not isinstance(weight, QuantizedTensor):
         return blocks * aligned(2 * ROWS * inputs)
     groups = weight.scales.shape[1]

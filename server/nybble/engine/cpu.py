@@ -102,13 +102,16 @@ def _gone(table: Weight) -> bool:
 
 
 def take_head(weights: Weights, config: ServeConfig, *, packed: bool) -> Weight:
-    """The head to be packed. What it was made of is let go of; `packed`: an embedding tied to it, too."""
+    """The head to be packed. What it was made of is let go of; `packed`: and the head itself is, too, unless
+    prompts are to be scored in floats.
+    """
     head = head_of(weights, config)
     if isinstance(head, QuantizedTensor):
+        gone = torch.empty(shape_of(head), device="meta")
         if weights.head is not None:
-            weights.head.weight = head
+            weights.head.weight = gone if packed and config.dtype == "auto" else head
         elif packed:
-            weights.embed = torch.empty(shape_of(weights.embed), device="meta")
+            weights.embed = gone
     return head
 
 
