@@ -5,7 +5,8 @@ kv: bfloat16 [layers, blocks, 2, block_size, kv_heads, head_dim]; keys at index 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +29,18 @@ def bytes_per_token(spec: ModelSpec, bits: int = 16) -> int:
     """Keys and values of one position; 8-bit ones have a float32 scale per head."""
     per_head = spec.head_dim * bits // 8 + (4 if bits < 16 else 0)
     return spec.num_layers * 2 * spec.num_kv_heads * per_head
+
+
+def kv_reader(spec: ModelSpec) -> Callable[[int], int]:
+    """Bytes of keys and values that a step reads at a position, sliding windows considered."""
+    windows = Counter(spec.window(layer) for layer in range(spec.num_layers))
+    size = bytes_per_token(spec) // spec.num_layers
+
+    def read(position: int) -> int:
+        seen = position + 1
+        return size * sum(count * min(seen, window or seen) for window, count in windows.items())
+
+    return read
 
 
 class PagedCache:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +14,7 @@ from nybble_kernels.numba.isa import choose
 from nybble_kernels.numba.program import DecodeProgram, Limits, Tables
 from nybble_kernels.numba.weight import HeldWeight, hold, packed_bound
 from nybble_kernels.quantized import QuantizedTensor, Weight
+from nybble_models.paged import kv_reader
 from nybble_models.rotary import rotary_table
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Norm, Weights, fuse
@@ -53,7 +53,7 @@ def build_program(
         del made
         writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, max_batch), kv)
         tables = writer.write(held, weights.blocks if blocks is None else _hollowed(blocks, weights))
-        limits = Limits(spec.vocab_size, spec.max_positions, _kv_bytes(spec))
+        limits = Limits(spec.vocab_size, spec.max_positions, kv_reader(spec))
         step = run.result()
     return DecodeProgram(writer.builder, step, kv, writer.linears, tables, spec.hidden_size, limits)
 
@@ -70,18 +70,6 @@ def _reserve(weights: Weights, head: Weight, threads: int) -> int:
     apart = weights.head is not None and isinstance(weights.embed, QuantizedTensor)
     tables = [head, weights.embed] if apart else [head]
     return sum(packed_bound(weight, threads) for weight in [*linears, *tables])
-
-
-def _kv_bytes(spec: ModelSpec) -> Callable[[int], int]:
-    """Of keys and values that a step at a position reads, sliding windows considered."""
-    windows = Counter(spec.window(layer) for layer in range(spec.num_layers))
-    size = 2 * 2 * spec.num_kv_heads * spec.head_dim
-
-    def read(position: int) -> int:
-        seen = sum(count * min(position + 1, window or position + 1) for window, count in windows.items())
-        return seen * size
-
-    return read
 
 
 class _Writer:

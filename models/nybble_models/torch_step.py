@@ -11,7 +11,7 @@ from nybble_kernels import torch_cpu
 from nybble_kernels.quantized import Weight, dense, look_up
 from nybble_kernels.torch_cpu import PackedLinear
 from nybble_models.decoder import Decoder
-from nybble_models.paged import PagedCache
+from nybble_models.paged import PagedCache, kv_reader
 from nybble_models.prefill import FUSED, Floats, Ints, Packed
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Weights, fuse
@@ -113,11 +113,4 @@ class TorchStep(Decoder):
         return look_up(self.weights.embed, tokens)
 
     def kv_bytes(self, positions: Sequence[int]) -> int:
-        return step_kv_bytes(self.spec, positions)
-
-
-def step_kv_bytes(spec: ModelSpec, positions: Sequence[int]) -> int:
-    """bfloat16 keys and values that attention reads at these positions, sliding windows considered."""
-    per_position = 2 * spec.num_kv_heads * spec.head_dim * 2
-    windows = [spec.window(layer) for layer in range(spec.num_layers)]
-    return per_position * sum(min(p + 1, w or p + 1) for p in positions for w in windows)
+        return sum(map(kv_reader(self.spec), positions))

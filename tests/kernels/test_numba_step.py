@@ -14,7 +14,6 @@ from nybble_kernels.numba.program import DecodeProgram
 from nybble_kernels.quantized import QuantizedTensor, dense
 from nybble_models.decoder import Decoder
 from nybble_models.prefill import Step
-from nybble_models.torch_step import step_kv_bytes
 from nybble_models.weights import Linear
 from support_program import TOLERANCE, decode, error, program_of
 from support_quantized import quantized
@@ -162,7 +161,9 @@ def test_bytes_are_those_of_the_weights() -> None:
         "head": 8 * 16 * spec.hidden_size * 2,
         "norm": 4 * spec.hidden_size * 7,
     }
-    assert program.kv_bytes([0, 3, 50]) == step_kv_bytes(spec, [0, 3, 50])
+    windows = [spec.window(layer) for layer in range(spec.num_layers)]
+    seen = sum(min(p + 1, w or p + 1) for p in (0, 3, 50) for w in windows)
+    assert program.kv_bytes([0, 3, 50]) == seen * 2 * 2 * spec.num_kv_heads * spec.head_dim
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,9 @@ class Arena:
     """Weights in the order in which a step reads them: of every thread what it reads, in four streams.
 
     A thread reads its streams from end to end, from one weight into the next (past a hole where its share of
-    a weight leaves two of the four streams empty), so what it fetches ahead is what it needs next. Reserved
-    memory costs nothing. Where more than was reserved is wanted, it goes on in
-    another stretch of memory.
+    a weight leaves two of the four streams empty), so what it fetches ahead is what it needs next. Only the
+    head, which is packed first and read last, takes a jump. Reserved memory costs nothing. Where more than
+    was reserved is wanted, it goes on in another stretch of memory.
     """
 
     def __init__(self, reserve: int, threads: int = 1) -> None:

@@ -45,10 +45,11 @@ def gemv(op: int, frame: int, rows: int, scratch: int, low: int, high: int) -> N
     groups, subs = get_i64(op, FIRST + 16), get_i64(op, FIRST + 17)
     fours = (share + STREAMS - 1) // STREAMS
     for unit in range(low, high):
-        part, four = unit // fours, unit % fours
-        weights = get_i64(op, FIRST) + part * STREAMS * stream + four * size
-        start = ROWS * (part * share + four * STREAMS)
-        count = min(ROWS * min(STREAMS, share - four * STREAMS), outputs - start)
+        own = unit % fours * STREAMS
+        first = unit // fours * share + own
+        weights = address_of(get_i64(op, FIRST), size, stream, share, first)
+        start = ROWS * first
+        count = min(ROWS * min(STREAMS, share - own), outputs - start)
         blocks = 2 if count <= 2 * ROWS else STREAMS
         row = 0
         while row < rows and count > 0:
