@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SMALLEST = 2.0**-24  # of float16, in which scales are stored
+FLOAT16 = -1 << 13  # the bits of a float32 that float16 has too
 STEPS = tuple(1 - step / 20 for step in range(1, 11))  # 0.95 down to 0.5 of the range
 
 
@@ -36,11 +37,13 @@ def grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
 
     asymmetric: scale = (max(high, 0) - min(low, 0)) / (2^b - 1), zero = round(-min(low, 0) / scale).
     symmetric: scale = max(|low|, |high|) / ((2^b - 1) / 2), zero = 2^(b - 1).
+    A scale is rounded down: a symmetric group's least weight lies half-way between its two lowest levels, and
+    takes the lowest, which no other weight needs.
     """
     top = 2**bits - 1
     low, high = low.clamp(max=0), high.clamp(min=0)
     span = 2 * torch.maximum(-low, high) if symmetric else high - low
-    scales = stored(span / top)
+    scales = stored((span / top).view(torch.int32).bitwise_and_(FLOAT16).view(torch.float32))
     scales = torch.where(span == 0, 1.0, scales)
     zeros = (
         torch.full_like(scales, 2.0 ** (bits - 1)) if symmetric else (-low / scales).round_().clamp_(0, top)

@@ -51,6 +51,13 @@ def test_fake_is_quantize_and_back(bits: int, size: int, symmetric: bool, seed: 
     assert torch.equal(rtn.fake(weight, bits, size, symmetric), expected)
 
 
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_the_least_weight_of_a_symmetric_group_takes_the_lowest_level(bits: int) -> None:
+    weight = random(200, 32, seed=3)
+    weight[:, 5] = -weight.abs().amax(1) - 1
+    assert int(rtn.quantize(weight, bits, 32, symmetric=True).codes[:, 5].max()) == 0
+
+
 def test_weights_on_the_grid_stay_there() -> None:
     levels = torch.arange(16.0).repeat(3, 2) * 0.25 - 1.5
     assert torch.equal(rtn.quantize(levels, 4, 16).dequantize(), levels)
