@@ -1,8 +1,8 @@
-"""Prompts on the CPU: the decoder over a step's weights, multiplied as they are or dequantized on the way."""
+"""Prompts on the CPU: as batches of the compiled step, or through PyTorch over floats made of its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +18,9 @@ from nybble_models.rotary import rotary_table
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Weights
 
+PROMPT_ROWS = 64
+"""Of a prompt in one call of a compiled step: their activations stay in a cache of the second level."""
+
 Ints = NDArray[np.int32] | Tensor
 Floats = NDArray[np.float32] | Tensor
 
@@ -26,10 +29,6 @@ FUSED = {("q", "k", "v"): "qkv", ("gate", "up"): "gate_up"}
 
 class Packed(Protocol):
     """A weight that a step holds packed."""
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """float32 [T, K] -> x Wᵀ [T, N], partners side by side, as the step rounds and sums."""
-        ...
 
     def dequantize_into(self, out: Tensor) -> None:
         """Write it as float32 [N, K], partners stacked."""
@@ -40,10 +39,6 @@ class Step(Protocol):
     """One decode step of a whole model, and access to the weights it holds."""
 
     weight_bytes_per_step: dict[str, int]
-
-    def head(self, x: Tensor) -> Tensor:
-        """float32 [T, D] -> logits [T, V], a bias aside."""
-        ...
 
     def step(self, tokens: Ints, positions: Ints, tables: Ints, logits: Floats) -> None:
         """int32 [B], int32 [B], int32 [B, blocks] -> float32 [B, V], written in place."""
@@ -62,16 +57,67 @@ class Step(Protocol):
         ...
 
 
-class Prefill(Decoder):
-    """The decoder whose projections are the step's own products, or of floats dequantized on the way.
+class Filling(Step, Protocol):
+    """A step that can stop once the cache is written."""
 
-    dtype: None for the step's products, else the floats. Rows are padded to tiles of 16: below 8 rows a BLAS
-    may sum in another order, and then a prompt's numbers would depend on how it was cut into chunks.
+    def fill(self, tokens: Ints, positions: Ints, tables: Ints) -> None:
+        """`step` without logits."""
+        ...
+
+
+class Prompts(Protocol):
+    """Reads prompts into the cache, chunk by chunk: the bits do not depend on how one is cut."""
+
+    workspace_bytes: int
+
+    def fill(self, tokens: Sequence[int], start: int, table: Sequence[int]) -> None:
+        """Write keys and values of positions `[start, start + T)`."""
+        ...
+
+    def score(self, tokens: Sequence[int], start: int, table: Sequence[int]) -> Tensor:
+        """The same, and the logits [T, V] of what follows each."""
+        ...
+
+
+class SteppedPrompts:
+    """Positions of a prompt as the rows of a step: each gets what decoding it would give, bit for bit."""
+
+    workspace_bytes = 0
+
+    def __init__(self, spec: ModelSpec, step: Filling) -> None:
+        self._vocabulary = spec.vocab_size
+        self._step = step
+
+    def fill(self, tokens: Sequence[int], start: int, table: Sequence[int]) -> None:
+        for _, batch in self._batches(tokens, start, table):
+            self._step.fill(*batch)
+
+    def score(self, tokens: Sequence[int], start: int, table: Sequence[int]) -> Tensor:
+        logits = torch.empty(len(tokens), self._vocabulary)
+        for rows, batch in self._batches(tokens, start, table):
+            self._step.step(*batch, logits[rows])
+        return logits
+
+    def _batches(
+        self, tokens: Sequence[int], start: int, table: Sequence[int]
+    ) -> Iterator[tuple[slice, tuple[Ints, Ints, Ints]]]:
+        """Rows, tokens, positions and tables of one call after another."""
+        array, blocks = np.array(tokens, np.int32), np.array(table, np.int32)
+        positions = np.arange(start, start + len(array), dtype=np.int32)
+        for first in range(0, len(array), PROMPT_ROWS):
+            rows = slice(first, first + PROMPT_ROWS)
+            tables = np.tile(blocks, (len(array[rows]), 1))
+            yield rows, (array[rows], positions[rows], tables)
+
+
+class FloatPrompts(Decoder):
+    """The decoder whose projections are of floats, dequantized on the way.
+
+    Rows are padded to tiles of 16: below 8 rows a BLAS may sum in another order, and then a prompt's numbers
+    would depend on how it was cut into chunks.
     """
 
-    def __init__(
-        self, spec: ModelSpec, weights: Weights, step: Step, kv: Tensor, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, spec: ModelSpec, weights: Weights, step: Step, kv: Tensor, dtype: torch.dtype) -> None:
         super().__init__(spec, weights)
         self.steps = step
         self.kv = kv
@@ -81,7 +127,8 @@ class Prefill(Decoder):
             id(b): {names: _stacked_bias(b, names) for names in self._stacks()} for b in weights.blocks
         }
         largest = max(outputs * inputs for outputs, inputs in map(self._shape, self._stacks()))
-        self.workspace = torch.empty(0 if dtype is None else largest)
+        self.workspace = torch.empty(largest)
+        self.workspace_bytes = self.workspace.nbytes
         if spec.positions == "rotary":
             self.cos, self.sin = rotary_table(spec, spec.max_positions + ROWS)
 
@@ -92,6 +139,12 @@ class Prefill(Decoder):
     def _shape(self, names: Sequence[str]) -> tuple[int, int]:
         """(outputs, inputs) of projections stacked."""
         return sum(self.spec.shape(n)[0] for n in names), self.spec.shape(names[0])[1]
+
+    def fill(self, tokens: Sequence[int], start: int, table: Sequence[int]) -> None:
+        self.run(tokens, start, table)
+
+    def score(self, tokens: Sequence[int], start: int, table: Sequence[int]) -> Tensor:
+        return self._predict(self.run(tokens, start, table))
 
     def run(self, tokens: Sequence[int], start: int, table: Sequence[int]) -> Tensor:
         """Fill the cache with positions `[start, start + T)`; hidden states [T, D] before the final norm."""
@@ -113,7 +166,7 @@ class Prefill(Decoder):
     def project(self, block: Block, names: Sequence[str], x: Tensor) -> Sequence[Tensor]:
         key = tuple(names)
         packed = self.steps.linear(self.layer_of[id(block)], FUSED.get(key, key[0]))
-        y = packed.multiply(x.contiguous()) if self.dtype is None else self._dequantized(key, packed, x)
+        y = self._dequantized(key, packed, x)
         bias = self.biases[id(block)][key]
         if bias is not None:
             y += bias
@@ -125,13 +178,10 @@ class Prefill(Decoder):
         packed.dequantize_into(weight)
         return F.linear(x.to(self.dtype), weight.to(self.dtype)).float()
 
-    def logits(self, x: Tensor) -> Tensor:
+    def _predict(self, x: Tensor) -> Tensor:
         """Final norm and head over [T, D], rows padded like those of a prompt."""
         count, head = x.shape[0], self.weights.head
         x = F.pad(self.norm(self.weights.final_norm, x), (0, 0, 0, -count % ROWS))
-        if self.dtype is None:
-            logits = self.steps.head(x)[:count]
-            return logits if head is None or head.bias is None else logits + head.bias
         if head is not None:
             return reference.linear(x, head.weight, head.bias)[:count]
         return F.linear(x, self.steps.embedding(torch.arange(self.spec.vocab_size)))[:count]

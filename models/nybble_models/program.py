@@ -11,10 +11,11 @@ from nybble_kernels.numba.arena import Arena
 from nybble_kernels.numba.builder import LOGITS, Attention, Buffer, ProgramBuilder
 from nybble_kernels.numba.compiled import compiled_step, kernels
 from nybble_kernels.numba.isa import choose
-from nybble_kernels.numba.program import DecodeProgram, Limits, Tables
+from nybble_kernels.numba.program import DecodeProgram, Limits, Written
 from nybble_kernels.numba.weight import HeldWeight, hold, packed_bound
 from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_models.paged import kv_reader
+from nybble_models.prefill import PROMPT_ROWS
 from nybble_models.rotary import rotary_table
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Norm, Weights, fuse
@@ -51,11 +52,12 @@ def build_program(
         arena = Arena(_reserve(weights, made, threads) + reserve, threads)
         held = hold(made, arena)
         del made
-        writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, max_batch), kv)
-        tables = writer.write(held, weights.blocks if blocks is None else _hollowed(blocks, weights))
+        rows = max(max_batch, PROMPT_ROWS)
+        writer = _Writer(spec, weights, ProgramBuilder(kernels(chosen, progress), arena, rows), kv)
+        written = writer.write(held, weights.blocks if blocks is None else _hollowed(blocks, weights))
         limits = Limits(spec.vocab_size, spec.max_positions, kv_reader(spec))
         step = run.result()
-    return DecodeProgram(writer.builder, step, kv, writer.linears, tables, spec.hidden_size, limits)
+    return DecodeProgram(writer.builder, step, kv, written, spec.hidden_size, limits)
 
 
 def _hollowed(blocks: Iterable[Block], weights: Weights) -> Iterator[Block]:
@@ -80,6 +82,7 @@ class _Writer:
         self.page = kv.shape[3]
         self.length = min(spec.max_positions, kv.shape[1] * kv.shape[3])
         self.linears: dict[tuple[int, str], Sequence[HeldWeight]] = {}
+        self.filling = 0
         cos, sin = rotary_table(spec, spec.max_positions) if spec.positions == "rotary" else (None, None)
         self.shape = Attention(
             spec.num_heads,
@@ -95,8 +98,8 @@ class _Writer:
         self.first = builder.buffer(spec.intermediate_size * (2 if spec.gated else 1))
         self.inner = builder.buffer(spec.intermediate_size)
 
-    def write(self, head: HeldWeight, blocks: Iterable[Block]) -> Tables:
-        """The whole step; returns the head and the embedding as they will be read."""
+    def write(self, head: HeldWeight, blocks: Iterable[Block]) -> Written:
+        """The whole step."""
         builder, spec = self.builder, self.spec
         for layer, block in enumerate(blocks):
             self._attention(layer, block)
@@ -108,7 +111,7 @@ class _Writer:
         ops, builder.ops = builder.ops, []
         builder.embed(self.x, embedding, self.weights.positions, spec.position_offset)
         builder.ops += ops
-        return Tables(head, embedding)
+        return Written(self.linears, embedding, len(builder.ops) - len(ops) + self.filling)
 
     def _table(self, head: HeldWeight) -> Tensor | HeldWeight:
         """The embedding: the packed head that is tied to it, levels of its own, or floats as stored."""
@@ -123,6 +126,7 @@ class _Writer:
         self._stack(layer, "qkv", block, ("q", "k", "v"), self.normed, self.qkv)
         norms = [block.norms[n].weight if spec.qk_norm else None for n in ("q_norm", "k_norm")]
         builder.place(self.qkv, self.shape, layer, norms[0], norms[1], spec.norm_eps)
+        self.filling = len(builder.ops)
         builder.attend(self.qkv, self.mixed, self.shape, layer, spec.window(layer), self.length, self.page)
         self._stack(layer, "o", block, ("o",), self.mixed, self.x, residual=True)
 

@@ -33,10 +33,6 @@ class Stack:
         parts = [y(x) if b is None else y(x) + b for y, b in zip(self.linears, self.biases, strict=True)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Without the biases."""
-        return torch.cat([linear(x) for linear in self.linears], dim=-1)
-
     def dequantize_into(self, out: Tensor) -> None:
         for linear, rows in zip(self.linears, torch.split(out, self.rows), strict=True):
             linear.dequantize_into(rows)

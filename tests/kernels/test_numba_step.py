@@ -127,9 +127,8 @@ def test_weights_come_back_bit_for_bit(weight: QuantizedTensor, threads: int) ->
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("rows", [1, 7, 300, 1100])
-def test_products_of_a_prompt_are_those_of_a_step(rows: int, threads: int) -> None:
-    """Partners of several kinds, in pieces of 64 rows: each row as it would be alone."""
+def test_filling_writes_the_cache_as_steps_do(threads: int) -> None:
+    """Partners of several kinds, and as many rows as a call takes, of one sequence."""
     spec = tiny_spec("llama")
     weights = tiny_weights(spec)
     linears = weights.blocks[1].linears
@@ -139,15 +138,15 @@ def test_products_of_a_prompt_are_those_of_a_step(rows: int, threads: int) -> No
         QuantizedTensor(six.codes, six.scales, 6, 16, six.zeros, permutation=torch.randperm(64))
     )
     linears["v"] = Linear(v.bfloat16())
-    program, _ = program_of(spec, weights, threads=threads)
-    x = torch.randn(rows, 80)[:, :64]
-    out = program.linear(1, "qkv").multiply(x)
-    expected = x.double() @ torch.cat([dense(linears[p].weight) for p in "qkv"]).double().T
-    assert error(out, expected) < TOLERANCE["int8 activations"]
-    for row in (0, rows // 2, rows - 1):
-        assert torch.equal(program.linear(1, "qkv").multiply(x[row : row + 1])[0], out[row])
-    with pytest.raises(ValueError, match="x must be float32"):
-        program.linear(1, "qkv").multiply(x[:, 1:])
+    alone, expected = program_of(spec, weights)
+    decode(alone, TOKENS, TABLE, spec.vocab_size)
+    program, kv = program_of(spec, weights, threads=threads, max_batch=1)
+    tables = np.broadcast_to(np.array(TABLE, np.int32), (len(TOKENS), len(TABLE)))
+    positions = np.arange(len(TOKENS), dtype=np.int32)
+    program.fill(np.array(TOKENS, np.int32), positions, tables)
+    assert torch.equal(kv.view(torch.int16), expected.view(torch.int16))
+    with pytest.raises(ValueError, match="positions must be in"):
+        program.fill(np.array(TOKENS, np.int32), positions + 500, tables)
 
 
 def test_bytes_are_those_of_the_weights() -> None:

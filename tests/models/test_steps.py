@@ -9,22 +9,22 @@ import torch
 
 from nybble_models import paged
 from nybble_models.decoder import Decoder
-from nybble_models.prefill import Prefill
+from nybble_models.prefill import FloatPrompts, SteppedPrompts
 from nybble_models.torch_step import TorchStep
-from support_program import TOLERANCE, program_of
+from support_program import TOLERANCE, decode, program_of
 from support_tiny import CONFIGS, tiny_spec, tiny_weights
 
 BLOCK = 16
 TABLE = [5, 1, 7, 3, 9, 2, 8, 0]  # blocks in no order
 
 
-def runners(family: str, group_size: int | None = 32) -> tuple[Decoder, TorchStep, Prefill]:
+def runners(family: str, group_size: int | None = 32) -> tuple[Decoder, TorchStep, FloatPrompts]:
     spec = tiny_spec(family)
     weights = tiny_weights(spec, group_size=group_size)
     kv = paged.allocate(spec, 10, BLOCK)
     head = weights.embed if weights.head is None else weights.head.weight
     step = TorchStep.reference(spec, weights, kv, head)
-    return Decoder(spec, weights), step, Prefill(spec, weights, step, kv, torch.float32)
+    return Decoder(spec, weights), step, FloatPrompts(spec, weights, step, kv, torch.float32)
 
 
 def tokens_of(count: int) -> list[int]:
@@ -39,24 +39,31 @@ def relative_rmse(value: torch.Tensor, truth: torch.Tensor) -> float:
 def test_prefill_matches_the_reference(family: str) -> None:
     decoder, _, prefill = runners(family)
     tokens = tokens_of(61)
-    logits = prefill.logits(prefill.run(tokens, 0, TABLE))
+    logits = prefill.score(tokens, 0, TABLE)
     assert relative_rmse(logits, decoder.forward(torch.tensor(tokens))) < 0.02  # the cache is bfloat16
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_prefill_by_the_compiled_steps_products(family: str) -> None:
-    """Every row as a step would compute it, however the prompt is cut; decoding goes on from there."""
+def test_a_prompt_as_batches_of_the_compiled_step(family: str) -> None:
+    """Cache and logits are those of decoding it token by token, however it is cut."""
     spec = tiny_spec(family)
     weights = tiny_weights(spec)
-    program, kv = program_of(spec, weights, blocks=10, block_size=BLOCK)
-    prefill = Prefill(spec, weights, program, kv.fill_(0), None)
-    tokens = tokens_of(61)
-    expected = Decoder(spec, weights).forward(torch.tensor(tokens))
-    hidden = prefill.run(tokens, 0, TABLE)
-    assert relative_rmse(prefill.logits(hidden), expected) < TOLERANCE["whole step"]
-    assert torch.equal(
-        torch.cat([prefill.run(tokens[a:b], a, TABLE) for a, b in ((0, 1), (1, 40), (40, 61))]), hidden
+    tokens = tokens_of(100)
+    alone, held = program_of(spec, weights, blocks=10, block_size=BLOCK)
+    logits = decode(alone, tokens, TABLE, spec.vocab_size)
+    assert (
+        relative_rmse(logits, Decoder(spec, weights).forward(torch.tensor(tokens))) < TOLERANCE["whole step"]
     )
+    for cuts in ((0, 100), (0, 1, 40, 100)):
+        program, kv = program_of(spec, weights, blocks=10, block_size=BLOCK, threads=2, max_batch=3)
+        prompts = SteppedPrompts(spec, program)
+        for a, b in itertools.pairwise(cuts):
+            prompts.fill(tokens[a:b], a, TABLE)
+        assert torch.equal(kv.view(torch.int16), held.view(torch.int16))
+        assert torch.equal(
+            torch.cat([prompts.score(tokens[a:b], a, TABLE) for a, b in itertools.pairwise(cuts)]), logits
+        )
+        assert torch.equal(kv.view(torch.int16), held.view(torch.int16))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -72,19 +79,21 @@ def test_prefill_in_chunks_is_bit_equal(family: str, cuts: tuple[int, ...]) -> N
     assert torch.equal(cut.kv, whole.kv)
 
 
-def test_a_long_prompt_attends_in_pieces_and_is_bit_equal_however_it_is_cut() -> None:
+def test_a_long_prompt_is_bit_equal_however_it_is_cut() -> None:
     spec = tiny_spec("llama", max_position_embeddings=512)
     weights = tiny_weights(spec, group_size=32)
-    program, kv = program_of(spec, weights, blocks=20, block_size=BLOCK)
-    prefill, tokens, table = (
-        Prefill(spec, weights, program, kv.fill_(0), None),
+    kv = paged.allocate(spec, 20, BLOCK)
+    step = TorchStep.reference(
+        spec, weights, kv, weights.embed if weights.head is None else weights.head.weight
+    )
+    prompts, tokens, table = (
+        FloatPrompts(spec, weights, step, kv, torch.float32),
         tokens_of(300),
         list(range(20)),
     )
-    whole = prefill.run(tokens, 0, table)
-    expected = Decoder(spec, weights).forward(torch.tensor(tokens))
-    assert relative_rmse(prefill.logits(whole), expected) < TOLERANCE["whole step"]
-    cut = [prefill.run(tokens[a:b], a, table) for a, b in ((0, 70), (70, 290), (290, 300))]
+    whole = prompts.score(tokens, 0, table)
+    assert relative_rmse(whole, Decoder(spec, weights).forward(torch.tensor(tokens))) < 0.02
+    cut = [prompts.score(tokens[a:b], a, table) for a, b in ((0, 70), (70, 290), (290, 300))]
     assert torch.equal(torch.cat(cut), whole)
 
 

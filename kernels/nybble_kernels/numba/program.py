@@ -16,14 +16,14 @@ from nybble_kernels.numba.arena import floats, words
 from nybble_kernels.numba.builder import Buffer, ProgramBuilder
 from nybble_kernels.numba.compiled import Run
 from nybble_kernels.numba.frame import RECORD
-from nybble_kernels.numba.products import PARTS, Products
 from nybble_kernels.numba.weight import HeldWeight
 from nybble_kernels.numba.workers import Workers
 
 Ints = NDArray[np.int32] | Tensor
 Floats = NDArray[np.float32] | Tensor
 
-STEP, EMBED, DEQUANTIZE, PRODUCTS = 0, 1, 2, 3  # programs, in the order of registration
+STEP, FILL, EMBED, DEQUANTIZE = 0, 1, 2, 3  # programs, in the order of registration
+PARTS = 4  # weights that one linear may be stacked from
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,15 @@ class Limits:
 
 
 @dataclass(frozen=True, eq=False)
-class Tables:
-    """The output matrix, and the embedding: the same where they are tied, or numbers as stored."""
+class Written:
+    """What a program has beside its ops. linears: by layer and name · embedding: the packed output matrix
+    where they are tied, levels of its own, or numbers as stored · filling: ops until the last layer's keys
+    and values are written.
+    """
 
-    head: HeldWeight
+    linears: Mapping[tuple[int, str], Sequence[HeldWeight]]
     embedding: Tensor | HeldWeight
+    filling: int
 
 
 class PackedLinear:
@@ -53,14 +57,6 @@ class PackedLinear:
     @property
     def shape(self) -> tuple[int, int]:
         return sum(p.outputs for p in self.parts), self.parts[0].inputs
-
-    def multiply(self, x: Tensor) -> Tensor:
-        """x Wᵀ as a step computes it. float32 [T, K] -> [T, N]."""
-        if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != self.shape[1] or x.stride(1) != 1:
-            raise ValueError(f"x must be float32 [T, {self.shape[1]}], found {x.dtype} {list(x.shape)}")
-        out = torch.empty(len(x), self.shape[0])
-        self._program.products.multiply(self.parts, x, out)
-        return out
 
     def dequantize_into(self, out: Tensor) -> None:
         """float32 [N, K], contiguous: bit for bit what `QuantizedTensor.dequantize` gives each partner."""
@@ -79,8 +75,7 @@ class DecodeProgram:
         builder: ProgramBuilder,
         run: Run,
         kv: Tensor,
-        linears: Mapping[tuple[int, str], Sequence[HeldWeight]],
-        tables: Tables,
+        written: Written,
         width: int,
         limits: Limits,
     ) -> None:
@@ -97,11 +92,10 @@ class DecodeProgram:
         self._workers = Workers(run, self._frame, threads)
         self.threads = self._workers.count + 1
         self._workers.add(builder.ops)
-        self._head = tables.head
-        self._embed = self._embedding_program(tables.embedding)
+        self._workers.add(builder.ops[: written.filling])
+        self._embed = self._embedding_program(written.embedding)
         self._dequantize = self._workers.add([[0] * RECORD] * PARTS)
-        self.products = Products(builder.kernels, self._workers, PRODUCTS)
-        self._linears = {place: tuple(parts) for place, parts in linears.items()}
+        self._linears = {place: tuple(parts) for place, parts in written.linears.items()}
 
     def _describe(self, kv: Tensor, scratch: int, threads: int) -> None:
         if kv.dtype != torch.bfloat16 or kv.dim() != 6 or not kv.is_contiguous():
@@ -134,32 +128,32 @@ class DecodeProgram:
         tokens, positions: int32 [B] · tables: int32 [B, blocks], position p of row b lies in block
         `tables[b, p // block_size]` · logits: float32 [B, V]. NumPy arrays or CPU tensors, rows contiguous.
         """
-        token, position, table = (
-            _array(tokens, np.int32),
-            _array(positions, np.int32),
-            _array(tables, np.int32),
-        )
         result = _array(logits, np.float32)
-        self._check(token, position, table, result)
+        if result.shape != (len(tokens), self._limits.vocabulary):
+            raise ValueError(f"logits must be [{len(tokens)}, {self._limits.vocabulary}]")
+        self._frame[at.LOGITS], self._frame[at.LOGITS_STRIDE] = result.ctypes.data, result.strides[0]
+        self._run(STEP, tokens, positions, tables)
+
+    def fill(self, tokens: Ints, positions: Ints, tables: Ints) -> None:
+        """Write the cache as `step` does, and stop there."""
+        self._run(FILL, tokens, positions, tables)
+
+    def _run(self, program: int, tokens: Ints, positions: Ints, tables: Ints) -> None:
+        token, position = _array(tokens, np.int32), _array(positions, np.int32)
+        table = _array(tables, np.int32)
+        self._check(token, position, table)
         frame = self._frame
         frame[at.TOKENS], frame[at.POSITIONS] = token.ctypes.data, position.ctypes.data
         frame[at.TABLES], frame[at.TABLE_WIDTH] = table.ctypes.data, table.strides[0] // 4
-        frame[at.LOGITS], frame[at.LOGITS_STRIDE] = result.ctypes.data, result.strides[0]
-        self._workers.run(STEP, len(token))
+        self._workers.run(program, len(token))
 
-    def _check(
-        self, tokens: NDArray[Any], positions: NDArray[Any], tables: NDArray[Any], logits: NDArray[Any]
-    ) -> None:
+    def _check(self, tokens: NDArray[Any], positions: NDArray[Any], tables: NDArray[Any]) -> None:
         """Compiled code trusts its arguments."""
         rows = len(tokens)
         if not 1 <= rows <= self.max_batch:
             raise ValueError(f"a step takes 1 to {self.max_batch} tokens, found {rows}")
-        if (
-            positions.shape != (rows,)
-            or len(tables) != rows
-            or logits.shape != (rows, self._limits.vocabulary)
-        ):
-            raise ValueError("positions, tables and logits must have a row for each token")
+        if positions.shape != (rows,) or len(tables) != rows:
+            raise ValueError(f"positions and tables must have {rows} rows")
         if tokens.min() < 0 or tokens.max() >= self._limits.vocabulary:
             raise ValueError(f"tokens must be in [0, {self._limits.vocabulary})")
         reach = min(self._limits.positions, tables.shape[1] * int(self._frame[at.BLOCK_SIZE]))
@@ -167,10 +161,6 @@ class DecodeProgram:
             raise ValueError(f"positions must be in [0, {reach})")
         if tables.min() < 0 or tables.max() >= self._kv.shape[1]:
             raise ValueError(f"blocks must be in [0, {self._kv.shape[1]})")
-
-    def head(self, x: Tensor) -> Tensor:
-        """float32 [T, D] -> logits [T, V] as a step computes them, a bias aside."""
-        return PackedLinear(self, [self._head]).multiply(x)
 
     def linear(self, layer: int, name: str) -> PackedLinear:
         """ "qkv", "o", "gate_up" (or "up") or "down" of a layer."""

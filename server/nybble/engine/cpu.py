@@ -1,4 +1,4 @@
-"""The CPU's part of building an engine: compiled or PyTorch steps, prefill by their products or in floats."""
+"""The CPU's part of building an engine: compiled or PyTorch steps, prompts as their batches or in floats."""
 
 from __future__ import annotations
 
@@ -17,11 +17,19 @@ from nybble_kernels.torch_cpu import quantize_rows
 from nybble_models import paged
 from nybble_models.loader import Loader
 from nybble_models.plan import MemoryPlan
-from nybble_models.prefill import Prefill, Step
+from nybble_models.prefill import FloatPrompts, Prompts, Step, SteppedPrompts
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Weights
 
 WIDTHS = (3, 4, 5, 6, 8)  # of weights that are worth choosing: a step reads each in so many bits
+DTYPES = {
+    "auto": torch.float32,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""What prompts are multiplied in where the step does not read them."""
+
 HEAD_GROUP = 32  # inputs that share a scale in an 8-bit head
 
 memory = available_memory
@@ -43,18 +51,20 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
     kv = paged.allocate(loader.spec, planned.kv_tokens // config.block_size, config.block_size)
     weights = timer("load", loader.frame)
     blocks = Passing(loader, timer.inside("pack"))
-    kernels, step = timer(
+    kernels, step, prompts = timer(
         "pack", lambda: make_step(config, loader.spec, weights, kv, threads, blocks, planned.weights)
     )
     held = dict(step.weight_bytes_per_step) | table_bytes(weights)
-    prefill = Prefill(loader.spec, weights, step, kv, prefill_dtype(config, kernels))
-    runner = CpuRunner(step, prefill, max_batch=config.max_num_seqs, weight_bytes=held)
+    runner = CpuRunner(loader.spec, step, prompts, kv, max_batch=config.max_num_seqs, weight_bytes=held)
     timer("warm-up", lambda: warm_up(runner))
-    dtype = str(prefill.dtype or torch.float32).removeprefix("torch.")
+    dtype = "float32" if config.dtype == "auto" else config.dtype
     return Built(
         runner=runner,
         device="cpu",
-        kernels={"decode": kernels, "prefill": f"torch {dtype}" if prefill.dtype else kernels},
+        kernels={
+            "decode": kernels,
+            "prefill": kernels if isinstance(prompts, SteppedPrompts) else f"torch {dtype}",
+        },
         dtype=dtype,
         scheme=blocks.scheme,
         weight_bytes=dict(step.weight_bytes_per_step),
@@ -123,8 +133,10 @@ def make_step(
     threads: int,
     blocks: Iterable[Block],
     reserve: int,
-) -> tuple[str, Step]:
-    """The decode step by name of its kernels; "auto" takes the compiled one where it runs."""
+) -> tuple[str, Step, Prompts]:
+    """The decode step and its name; "auto" takes the compiled one where it runs. Prompts go through it too,
+    unless floats are asked for.
+    """
     if config.kernels in ("auto", "numba"):
         from nybble_models.program import build_program
 
@@ -138,21 +150,18 @@ def make_step(
             blocks=blocks,
             reserve=reserve,
         )
-        return f"numba {program.isa}", program
+        prompts: Prompts = SteppedPrompts(spec, program)
+        if config.dtype != "auto":
+            prompts = FloatPrompts(spec, weights, program, kv, DTYPES[config.dtype])
+        return f"numba {program.isa}", program, prompts
     from nybble_models.torch_step import TorchStep
 
     weights.blocks += blocks
     head = take_head(weights, config, packed=False)
-    if config.kernels == "reference":
-        return "reference float32", TorchStep.reference(spec, weights, kv, head)
-    return "torch int4", TorchStep(spec, weights, kv, head)
-
-
-def prefill_dtype(config: ServeConfig, kernels: str) -> torch.dtype | None:
-    """None, the compiled step's own products, unless floats are asked for; without it, float32."""
-    if config.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[config.dtype]
-    return None if kernels.startswith("numba") else torch.float32
+    plain = config.kernels == "reference"
+    step = (TorchStep.reference if plain else TorchStep)(spec, weights, kv, head)
+    floats = FloatPrompts(spec, weights, step, kv, DTYPES[config.dtype])
+    return "reference float32" if plain else "torch int4", step, floats
 
 
 def warm_up(runner: CpuRunner) -> None:

@@ -1,4 +1,4 @@
-"""The runner of the CPU: prefill through PyTorch, decode through a step program, one paged cache for both."""
+"""The runner of the CPU: prompts and a step over one paged cache."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ import torch
 from numpy.typing import NDArray
 
 from nybble.engine.runner import Table
-from nybble_models.prefill import Prefill, Step
+from nybble_models.prefill import Prompts, Step
+from nybble_models.spec import ModelSpec
 
 
 class CpuRunner:
     """Buffers are made once for `max_batch` rows; a step writes into them."""
 
     def __init__(
-        self, step: Step, prefill: Prefill, *, max_batch: int, weight_bytes: Mapping[str, int]
+        self,
+        spec: ModelSpec,
+        step: Step,
+        prompts: Prompts,
+        kv: torch.Tensor,
+        *,
+        max_batch: int,
+        weight_bytes: Mapping[str, int],
     ) -> None:
-        spec, kv = prefill.spec, prefill.kv
         self._step = step
-        self._prefill = prefill
+        self._prompts = prompts
+        self._kv = kv
         self._weight_bytes = dict(weight_bytes)
         self._fixed_bytes = sum(step.weight_bytes_per_step.values())
         self._tokens = np.zeros(max_batch, dtype=np.int32)
@@ -30,13 +38,11 @@ class CpuRunner:
 
     def prefill(self, tokens: Sequence[int], start: int, table: Table) -> None:
         with torch.inference_mode():
-            self._prefill.run(tokens, start, table)
+            self._prompts.fill(tokens, start, table)
 
     def score(self, tokens: Sequence[int], start: int, table: Table) -> NDArray[np.float32]:
         with torch.inference_mode():
-            logits: NDArray[np.float32] = self._prefill.logits(
-                self._prefill.run(tokens, start, table)
-            ).numpy()
+            logits: NDArray[np.float32] = self._prompts.score(tokens, start, table).numpy()
         return logits
 
     def decode(
@@ -56,10 +62,8 @@ class CpuRunner:
         return self._fixed_bytes + self._step.kv_bytes(positions)
 
     def used_bytes(self) -> Mapping[str, int]:
-        kv = self._prefill.kv
-        buffers = (self._prefill.workspace, self._tables, self._logits)
         return {
             "weights": sum(self._weight_bytes.values()),
-            "kv": kv.nbytes,
-            "workspace": sum(b.nbytes for b in buffers),
+            "kv": self._kv.nbytes,
+            "workspace": self._prompts.workspace_bytes + self._tables.nbytes + self._logits.nbytes,
         }
