@@ -81,12 +81,12 @@ CASES = {
 }
 
 
-def write(directory: Path, case: Case, **changes: Any) -> tuple[Path, Path]:
+def write(directory: Path, case: Case, layers: int = 3, **changes: Any) -> tuple[Path, Path]:
     """A quantized folder, and the same with float weights of the same values."""
     folders = directory / "quantized", directory / "meant"
     for folder in folders:
         folder.mkdir(parents=True)
-        write_checkpoint(folder, group_size=None)
+        write_checkpoint(folder, group_size=None, num_hidden_layers=layers)
     stored = load_file(folders[0] / "model.safetensors")
     meant = dict(stored)
     for name in [n for n in stored if "_proj.weight" in n]:
@@ -158,7 +158,7 @@ def test_an_engine_answers_as_the_weights_mean(tmp_path: Path, name: str, kernel
 )
 def test_triton_answers_as_the_weights_mean(tmp_path: Path, name: str, kinds: str) -> None:
     """8-bit inputs are asked for by the checkpoint, and round more than weights do."""
-    quantized, meant = write(tmp_path, CASES[name])
+    quantized, meant = write(tmp_path, CASES[name], layers=1)
     small: dict[str, Any] = {"kv_cache_tokens": 64, "max_num_seqs": 1, "max_num_batched_tokens": 16}
     config = ServeConfig(model=str(quantized), kernels="triton" if INTERPRETED else "auto", **small)
     engine = build_engine(config, lambda phase, part: None)
