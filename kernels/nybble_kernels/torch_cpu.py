@@ -19,7 +19,7 @@ INT4_GROUPS = (32, 64, 128, 256)  # what `_weight_int4pack_mm_for_cpu` takes
 INT8_INPUTS = (
     16  # `_weight_int8pack_mm` reads vectors of so many, past the end of a row that has no whole number
 )
-ROWS = 4096  # of a head that are floats at a time
+ROWS = 512  # of a head that are floats at a time: they stay in a cache
 ROW_TILE = 16  # float rows come in whole tiles: for a few rows the BLAS picks another summation order
 SMALL_ROWS = 16  # above, the int4 op soon costs more than dequantize-then-matmul
 

@@ -139,18 +139,23 @@ def _spread(codes: Tensor, columns: Tensor) -> Tensor:
 
 
 def _pack_codes(codes: Tensor, form: Format, blocks: int) -> Tensor:
-    """uint8 [N, width] -> [blocks, sub-groups, words, 16 rows, 4 bytes]."""
-    words = _rows(codes, blocks).reshape(blocks, ROWS, -1, 8, 4).permute(0, 2, 3, 1, 4)
+    """uint8 [N, width] -> [blocks, sub-groups, words, 16 rows x 4 bytes]."""
+    rows = _rows(codes, blocks)
+    words = rows.view(torch.int32).reshape(blocks, ROWS, -1, 8)
     if form.bits == 8:
-        return words.contiguous() ^ 0x80
-    planes = []
-    for width, low in form.planes:
-        part = ((words >> low) & (2**width - 1)).unflatten(2, (width, 8 // width))
-        plane = part[:, :, :, 0]
-        for number in range(1, 8 // width):
-            plane |= part[:, :, :, number] << (width * number)
-        planes.append(plane)
-    return torch.cat(planes, dim=2)
+        words = words ^ -0x7F7F7F80
+    else:
+        words = torch.cat([_plane(words, *plane) for plane in form.planes], dim=3)
+    return words.permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+
+
+def _plane(words: Tensor, width: int, low: int) -> Tensor:
+    """int32 [..., 8] of four codes each -> [..., width]: `width` bits of every code, from bit `low` on."""
+    part = ((words >> low) & (0x01010101 * (2**width - 1))).unflatten(-1, (width, 8 // width))
+    plane = part[..., 0]
+    for number in range(1, 8 // width):
+        plane |= part[..., number] << (width * number)
+    return plane
 
 
 def _unpack_codes(data: Tensor, form: Format, packed: Packed) -> Tensor:

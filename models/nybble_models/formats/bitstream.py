@@ -38,16 +38,21 @@ def pack(levels: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """int32 [R, W] -> uint8 [R, count]."""
+    """int32 [R, W] -> uint8 [R, count].
+
+    Eight levels at a time in 64 bits, whose upper half moves up to the middle, then that of each half, then
+    of each quarter: three passes over whole words, where one level after another would be many over bytes.
+    """
     data = packed.contiguous().view(torch.uint8)
-    data = F.pad(data, (0, -data.shape[1] % bits)).reshape(packed.shape[0], -1, bits)
-    levels = torch.empty(packed.shape[0], data.shape[1], 8, dtype=torch.uint8)
-    for i, byte, place in _places(bits):
-        level = data[:, :, byte] >> place
-        if place + bits > 8:
-            level = level | (data[:, :, byte + 1] << (8 - place))
-        levels[:, :, i] = level & (2**bits - 1)
-    return levels.flatten(1)[:, :count].contiguous()
+    eights = F.pad(data, (0, -data.shape[1] % bits)).reshape(-1, bits)
+    levels = F.pad(eights, (0, 8 - bits)).view(torch.int64)
+    for together in (4, 2, 1):
+        away = together * (8 - bits)
+        if away:
+            every = range(0, 64, 16 * together)
+            low = sum(((1 << together * bits) - 1) << place for place in every)
+            levels = (levels & low) | ((levels & (low << together * bits)) << away)
+    return levels.view(torch.uint8).view(packed.shape[0], -1)[:, :count].contiguous()
 
 
 def _places(bits: int) -> list[tuple[int, int, int]]:
