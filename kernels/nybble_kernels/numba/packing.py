@@ -152,7 +152,7 @@ def _pack_codes(codes: Tensor, form: Format, blocks: int) -> Tensor:
 def _plane(words: Tensor, width: int, low: int) -> Tensor:
     """int32 [..., 8] of four codes each -> [..., width]: `width` bits of every code, from bit `low` on."""
     part = ((words >> low) & (0x01010101 * (2**width - 1))).unflatten(-1, (width, 8 // width))
-    plane = part[..., 0]
+    plane: Tensor = part[..., 0]
     for number in range(1, 8 // width):
         plane |= part[..., number] << (width * number)
     return plane
