@@ -11,6 +11,7 @@ from nybble.config import ServeConfig
 from nybble.engine.bandwidth import available_memory, read_bandwidth
 from nybble.engine.built import Built, Timer, scheme_name
 from nybble.engine.cpu_runner import CpuRunner
+from nybble.engine.heap import tight_heap
 from nybble.errors import UsageError
 from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
 from nybble_kernels.torch_cpu import quantize_rows
@@ -51,9 +52,10 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
     kv = paged.allocate(loader.spec, planned.kv_tokens // config.block_size, config.block_size)
     weights = timer("load", loader.frame)
     blocks = Passing(loader, timer.inside("pack"))
-    kernels, step, prompts = timer(
-        "pack", lambda: make_step(config, loader.spec, weights, kv, threads, blocks, planned.weights)
-    )
+    with tight_heap():
+        kernels, step, prompts = timer(
+            "pack", lambda: make_step(config, loader.spec, weights, kv, threads, blocks, planned.weights)
+        )
     held = dict(step.weight_bytes_per_step) | table_bytes(weights)
     runner = CpuRunner(loader.spec, step, prompts, kv, max_batch=config.max_num_seqs, weight_bytes=held)
     timer("warm-up", lambda: warm_up(runner))
