@@ -45,11 +45,15 @@ ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB
 
 BY_FORM = {
     "w4": {
-        "nybble": ("rtn", "gptq", "awq", "awq+gptq"),
+        "nybble": ("rtn", "gptq", "awq", "awq+gptq", "awq+gptq+best"),
         "gptqmodel": ("gptq", "awq"),
         "llmcompressor": ("rtn", "gptq", "awq", "awq+gptq"),
     },
-    "w3": {"nybble": ("rtn", "gptq", "awq+gptq"), "gptqmodel": ("gptq",), "llmcompressor": ("rtn", "gptq")},
+    "w3": {
+        "nybble": ("rtn", "gptq", "awq+gptq", "awq+gptq+best"),
+        "gptqmodel": ("gptq",),
+        "llmcompressor": ("rtn", "gptq"),
+    },
     "w8a8": {"nybble": ("rtn", "smoothquant"), "llmcompressor": ("rtn", "smoothquant")},
     "fp8": {"nybble": ("rtn",), "llmcompressor": ("rtn",)},
 }

@@ -18,9 +18,10 @@ from nybble_quantizers.scheme import Scheme
 
 
 def scheme(recipe: Recipe, windows: Tensor) -> Scheme:
-    """Our defaults, apart from what the recipe names."""
+    """Our defaults, apart from what the recipe names; "gptq+best" is GPTQ and then `--quality best`."""
     return Scheme(
-        method=recipe.method,  # type: ignore[arg-type]
+        method=recipe.method.removesuffix("+best"),  # type: ignore[arg-type]
+        best=recipe.method.endswith("+best"),
         bits=recipe.bits,
         group_size=recipe.group or CHANNEL,
         symmetric=recipe.symmetric,
