@@ -24,8 +24,8 @@ class Subject:
 
     def decode(self, prompt: list[int], tokens: int) -> dict[str, Any]:
         found = self.run(prompt, tokens)
-        microseconds = found.perf_metrics.raw_metrics.m_new_token_times
-        return {"gaps": gaps([1e-6 * each for each in microseconds]), "ids": list(found.tokens[0])}
+        milliseconds = found.perf_metrics.raw_metrics.m_new_token_times
+        return {"gaps": gaps([1e-3 * each for each in milliseconds]), "ids": list(found.tokens[0])}
 
     def prefill(self, prompt: list[int]) -> float:
         """Seconds until the first token is chosen."""
