@@ -17,9 +17,14 @@ from nybble_quantizers.pipeline import quantize as run
 from nybble_quantizers.scheme import Scheme
 
 
-def scheme(recipe: Recipe, windows: Tensor) -> Scheme:
-    """Our defaults, apart from what the recipe names; "gptq+best" is GPTQ and then `--quality best`."""
+def scheme(recipe: Recipe, windows: Tensor, widths: list[int]) -> Scheme:
+    """Our defaults, apart from what the recipe names; "gptq+best" is GPTQ and then `--quality best`.
+
+    widths: inputs of the model's linears. Where one ends in a short group, only GPTQ's format holds all.
+    """
+    short = recipe.group is not None and any(width % recipe.group for width in widths)
     return Scheme(
+        format="gptq_v2" if short else "auto",
         method=recipe.method.removesuffix("+best"),  # type: ignore[arg-type]
         best=recipe.method.endswith("+best"),
         bits=recipe.bits,
@@ -41,7 +46,9 @@ def quantize(model: Path, calibration: Tensor, folder: Path, recipe: Recipe) -> 
     if [tokenizer.encode(text).ids for text in documents] != calibration.tolist():
         raise ValueError("the windows are not what their text is tokenized to")
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf8")
-    run(model, folder, scheme(recipe, calibration), calibration=str(texts))
+    config = json.loads((model / "config.json").read_text(encoding="utf8"))
+    widths = [config[k] for k in ("hidden_size", "intermediate_size", "ffn_dim") if k in config]
+    run(model, folder, scheme(recipe, calibration, widths), calibration=str(texts))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,15 @@ import torch
 from nybble_kernels.numba import frame as at
 from nybble_kernels.numba import pool, workers
 from nybble_kernels.numba.arena import Arena, floats, words
+from nybble_kernels.numba.builder import quantize_record
 from nybble_kernels.numba.compiled import compiled_step, kernels
 from nybble_kernels.numba.isa import choose
-from nybble_kernels.numba.products import Products
-from nybble_kernels.numba.weight import hold
+from nybble_kernels.numba.layout import activation_bytes, aligned
+from nybble_kernels.numba.weight import HeldWeight, hold
 from nybble_kernels.numba.workers import Workers
 from support_quantized import quantized
+
+ROWS = 64
 
 
 class Late:
@@ -35,8 +38,24 @@ class Late:
             memory[word] = ctypes.cast(getattr(libc, name), ctypes.c_void_p).value or 0
         self.semaphore = ctypes.c_void_p(memory.ctypes.data + 8 * (pool.WORKERS + pool.SEMAPHORE))
         libc.sem_init(self.semaphore, 0, 0)
-        self.products = Products(kernels(choose()), self.pool, 0)
+        self.ops = self.pool.add([[0] * at.RECORD] * 4)
+        self.kernels, self.rounded = kernels(choose()), words(ROWS * aligned(activation_bytes(64)) // 8)
         self.libc, self.memory = libc, memory
+
+    def write(self, weight: HeldWeight, *products: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """The records of x Wᵀ for each x [ROWS, 64] and out [ROWS, 256]."""
+        records = []
+        rounded = int(self.rounded.ctypes.data), aligned(activation_bytes(64))
+        for x, out in products:
+            source = x.data_ptr(), 4 * x.stride(0)
+            if weight.integer:
+                records.append(quantize_record(self.kernels, weight, (*source, *rounded)))
+                source = rounded
+            records.append(
+                weight.gemv_record(self.kernels, (*source, out.data_ptr(), 4 * out.stride(0), 0, 0))
+            )
+        self.ops[: len(records)] = records
+        self.pool.set_length(0, len(records))
 
     def come(self) -> None:
         """The worker finds what is there, and goes to sleep."""
@@ -61,15 +80,13 @@ def test_records_of_a_later_call_are_not_taken_for_those_of_a_step(
         hold(torch.randn(256, 64), late.arena),
     )
     x = torch.randn(128, 64)
-    first, second = torch.empty(64, 256), torch.full((128, 256), float("nan"))
-    late.products.multiply([weight], x[:64], first)  # the caller alone: two ops, all of them done
+    first, second = torch.empty(ROWS, 256), torch.full((128, 256), float("nan"))
+    late.write(weight, (x[:ROWS], first))
+    late.pool.run(0, ROWS)  # the caller alone: two ops, all of them done
     assert first.isfinite().all()
     if case == "more ops":
-        ops = late.products._records([weight], x[:64], second[:64])
-        ops += late.products._records([weight], x[64:], second[64:])
+        late.write(weight, (x[:ROWS], second[:ROWS]), (x[ROWS:], second[ROWS:]))
     else:
-        ops = late.products._records([plain], x[:64], second[:64])
-    late.products._ops[: len(ops)] = ops
-    late.pool.set_length(0, len(ops))
+        late.write(plain, (x[:ROWS], second[:ROWS]))
     late.come()
     assert second.isnan().all()
