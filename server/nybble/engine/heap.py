@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1  # of glibc's malloc.h
 OWN_PAGES, USUAL = 1 << 20, 32 << 20  # bytes; glibc raises its own limit up to the second by itself
 
 
@@ -25,4 +25,5 @@ def tight_heap() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(M_MMAP_THRESHOLD, USUAL)
+        mallopt(M_MMAP_THRESHOLD, USUAL)  # both as glibc's own raising would leave them
+        mallopt(M_TRIM_THRESHOLD, 2 * USUAL)
