@@ -5,7 +5,22 @@ Triton kernels run in its interpreter, on the CPU; on a GPU machine, `TRITON_INT
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before anything imports torch
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+
+@pytest.fixture(autouse=True)
+def _handlers_as_before() -> Iterator[None]:
+    """A command that runs inside a test logs to that test's standard error, which is closed afterwards."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in [h for h in root.handlers if h not in before]:
+        root.removeHandler(handler)
+    root.setLevel(level)
