@@ -16,26 +16,37 @@ from llvmlite import ir
 from nybble_kernels.numba.emit import I8, I16, I32, Emitter, filled, vector
 from nybble_kernels.numba.isa import AVX2, AVX512_VNNI, AVX_VNNI, NEON, PLAIN, Isa
 
-Dot = Callable[[Emitter, int, Sequence[Any], Sequence[Any], Any], Any]
-"""dot(emitter, bits, weights, activations, activation_sum) -> i32 lanes. The sum is an i32 scalar."""
+Word = Callable[[int], Any]
+Dots = Callable[[Emitter, int, Word, Sequence[Word], Sequence[Any]], list[Any]]
+"""dots(emitter, bits, weights, activations of every row, their sums) -> i32 lanes of every row.
+
+`weights(i)` emits word i of the codes, `activations[m](i)` of a row; sums are i32 scalars. A word of codes
+meets all rows before the next is asked for, so that only their sums stay in registers.
+"""
 
 
-def _plain(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[Any], total: Any) -> Any:
+def _plain(
+    e: Emitter, bits: int, weights: Word, activations: Sequence[Word], totals: Sequence[Any]
+) -> list[Any]:
     """Widen each byte to 32 bits, multiply, add: right on any processor."""
-    kind = weights[0].type
-    widen = e.b.lshr if bits < 8 else e.b.ashr
-    top = filled(kind, 24)
-    result = filled(kind, 0)
-    for weight, activation in zip(weights, activations, strict=True):
+    results: list[Any] = []
+    for i in range(8):
+        weight = weights(i)
+        kind = weight.type
+        results = results or [filled(kind, 0)] * len(activations)
+        widen, top = e.b.lshr if bits < 8 else e.b.ashr, filled(kind, 24)
         for byte in range(4):
             up = filled(kind, 24 - 8 * byte)
             w = widen(e.b.shl(weight, up), top)
-            a = e.b.ashr(e.b.shl(activation, up), top)
-            result = e.b.add(result, e.b.mul(w, a))
-    return result
+            for m, row in enumerate(activations):
+                a = e.b.ashr(e.b.shl(row(i), up), top)
+                results[m] = e.b.add(results[m], e.b.mul(w, a))
+    return results
 
 
-def _avx2(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[Any], total: Any) -> Any:
+def _avx2(
+    e: Emitter, bits: int, weights: Word, activations: Sequence[Word], totals: Sequence[Any]
+) -> list[Any]:
     """vpmaddubsw into 16 bits, then vpmaddwd with ones into 32.
 
     4 bits: eight sums of two products reach 8 * 2 * 15 * 127 = 30480, inside 16 bits, so one vpmaddwd serves
@@ -45,46 +56,61 @@ def _avx2(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[A
     bytes_, shorts, words = vector(I8, 32), vector(I16, 16), vector(I32, 8)
     ones = filled(shorts, 1)
     together = 1 if bits == 8 else min(8, 32767 // (2 * 127 * (2**bits - 1)))
-    result: Any = None
-    for first in range(0, 8, together):
-        short: Any = None
-        for i in range(first, first + together):
-            w, a = e.b.bitcast(weights[i], bytes_), e.b.bitcast(activations[i], bytes_)
+    sums: list[Any] = [None] * len(activations)
+    results: list[Any] = [None] * len(activations)
+    for i in range(8):
+        w = e.b.bitcast(weights(i), bytes_)
+        size = e.call("llvm.abs.v32i8", bytes_, w, I1_FALSE) if bits == 8 else w
+        for m, row in enumerate(activations):
+            a = e.b.bitcast(row(i), bytes_)
             if bits == 8:
                 a = e.call("llvm.x86.avx2.psign.b", bytes_, a, w)
-                w = e.call("llvm.abs.v32i8", bytes_, w, I1_FALSE)
-            product = e.call("llvm.x86.avx2.pmadd.ub.sw", shorts, w, a)
-            short = product if short is None else e.b.add(short, product)
-        wide = e.call("llvm.x86.avx2.pmadd.wd", words, short, ones)
-        result = wide if result is None else e.b.add(result, wide)
-    return result
+            product = e.call("llvm.x86.avx2.pmadd.ub.sw", shorts, size, a)
+            sums[m] = product if i % together == 0 else e.b.add(sums[m], product)
+            if i % together == together - 1 or i == 7:
+                wide = e.call("llvm.x86.avx2.pmadd.wd", words, sums[m], ones)
+                results[m] = wide if results[m] is None else e.b.add(results[m], wide)
+    return results
 
 
-def _vnni(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[Any], total: Any) -> Any:
+def _vnni(
+    e: Emitter, bits: int, weights: Word, activations: Sequence[Word], totals: Sequence[Any]
+) -> list[Any]:
     """vpdpbusd: four products of unsigned by signed bytes, added to 32 bits; signed codes rise by 128."""
-    words = weights[0].type
-    bytes_ = vector(I8, 4 * words.count)
-    result = filled(words, 0)
-    if bits == 8:
-        result = e.splat(e.b.mul(total, I32(-128)), words.count)
-    for weight, activation in zip(weights, activations, strict=True):
+    results: list[Any] = []
+    for i in range(8):
+        weight = weights(i)
+        words = weight.type
+        bytes_ = vector(I8, 4 * words.count)
+        if i == 0:
+            results = [filled(words, 0)] * len(activations)
+            if bits == 8:
+                results = [e.splat(e.b.mul(total, I32(-128)), words.count) for total in totals]
         if bits == 8:
             weight = e.b.xor(weight, filled(words, -0x7F7F7F80))
-        w, a = e.b.bitcast(weight, bytes_), e.b.bitcast(activation, bytes_)
-        result = e.call(f"llvm.x86.avx512.vpdpbusd.{32 * words.count}", words, result, w, a)
-    return result
+        w, dot = e.b.bitcast(weight, bytes_), f"llvm.x86.avx512.vpdpbusd.{32 * words.count}"
+        results = [
+            e.call(dot, words, result, w, e.b.bitcast(row(i), bytes_))
+            for result, row in zip(results, activations, strict=True)
+        ]
+    return results
 
 
-def _neon(e: Emitter, bits: int, weights: Sequence[Any], activations: Sequence[Any], total: Any) -> Any:
+def _neon(
+    e: Emitter, bits: int, weights: Word, activations: Sequence[Word], totals: Sequence[Any]
+) -> list[Any]:
     """sdot: four products of signed bytes, added to 32 bits; codes of up to 7 bits are positive as such."""
-    words = weights[0].type
-    result = filled(words, 0)
-    for weight, activation in zip(weights, activations, strict=True):
-        w, a = (e.b.bitcast(v, vector(I8, 4 * words.count)) for v in (weight, activation))
-        result = e.call("llvm.aarch64.neon.sdot.v4i32.v16i8", words, result, w, a)
-    return result
+    words, bytes_ = vector(I32, 4), vector(I8, 16)
+    results = [filled(words, 0)] * len(activations)
+    for i in range(8):
+        w = e.b.bitcast(weights(i), bytes_)
+        results = [
+            e.call("llvm.aarch64.neon.sdot.v4i32.v16i8", words, result, w, e.b.bitcast(row(i), bytes_))
+            for result, row in zip(results, activations, strict=True)
+        ]
+    return results
 
 
 I1_FALSE = ir.Constant(ir.IntType(1), 0)
 
-DOTS: dict[Isa, Dot] = {PLAIN: _plain, AVX2: _avx2, AVX_VNNI: _vnni, AVX512_VNNI: _vnni, NEON: _neon}
+DOTS: dict[Isa, Dots] = {PLAIN: _plain, AVX2: _avx2, AVX_VNNI: _vnni, AVX512_VNNI: _vnni, NEON: _neon}

@@ -7,9 +7,11 @@ whatever the tile, so its result does not depend on the batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
-from nybble_kernels.numba.dots import DOTS
+from nybble_kernels.numba.dots import DOTS, Word
 from nybble_kernels.numba.emit import F32, I8, I16, I32, I64, PTR, Emitter, filled, vector
 from nybble_kernels.numba.isa import PLAIN, Isa
 from nybble_kernels.numba.layout import ROWS, STREAMS, SUB, Format
@@ -102,11 +104,20 @@ class Gemv:
                 e.prefetch(codes, e.times(self.stream, stream), PREFETCH_BYTES + line)
         at = e.times(number, 4)
         for part in self.parts:
-            weights = self._weights(codes, part)
-            for m, row in enumerate(self.rows):
-                total = e.load(I32, row, self.total_at, at, align=4)
-                dot = DOTS[self.isa](e, self.form.bits, weights, self._activations(row, number), total)
-                self._add(dot, row, at, inner[m * len(self.parts) + part])
+            for m, dot in enumerate(self._dots(self._weights(codes, part), number)):
+                self._add(dot, self.rows[m], at, inner[m * len(self.parts) + part])
+
+    def _dots(self, weights: Word, number: Any) -> Iterator[Any]:
+        """Of every row. Fewer than 8 bits are unpacked once, and met by one row after another."""
+        e, dots, bits = self.e, DOTS[self.isa], self.form.bits
+        activations = [partial(self._activations, row, number) for row in self.rows]
+        totals = [e.load(I32, row, self.total_at, e.times(number, 4), align=4) for row in self.rows]
+        if bits == 8:
+            yield from dots(e, bits, weights, activations, totals)
+            return
+        unpacked = [weights(i) for i in range(8)]
+        for row, total in zip(activations, totals, strict=True):
+            yield from dots(e, bits, unpacked.__getitem__, [row], [total])
 
     def _add(self, dot: Any, row: Any, at: Any, slot: Any) -> None:
         """slot += scale of the activations * dot."""
@@ -120,21 +131,26 @@ class Gemv:
         for slot, row in zip(sums, self.rows, strict=True):
             e.b.store(e.b.fadd(e.get(slot, F32), e.load(F32, row, self.sum_at, at, align=4)), slot)
 
-    def _weights(self, codes: Any, part: int) -> list[Any]:
+    def _weights(self, codes: Any, part: int) -> Word:
         """The eight words of a sub-group for the rows of one vector."""
-        e, start = self.e, self._place(codes, part, 4)
-        stored = [e.load(self.words, start, 4 * ROWS * i, align=16) for i in range(self.form.bits)]
-        if self.form.bits == 8:
-            return stored
-        words: list[Any] = [None] * 8
-        for width, low in self.form.planes:
-            plane, stored = stored[:width], stored[width:]
-            mask = filled(self.words, 0x01010101 * ((2**width - 1) << low))
-            for i in range(8):
-                word, place = divmod(i * width, 8)
-                value = e.b.and_(self._moved(plane[word], low - place), mask)
-                words[i] = value if words[i] is None else e.b.or_(words[i], value)
-        return words
+        e, form, start = self.e, self.form, self._place(codes, part, 4)
+
+        def stored(at: int) -> Any:
+            return e.load(self.words, start, 4 * ROWS * at, align=16)
+
+        def word(i: int) -> Any:
+            value, before = None, 0
+            for width, low in form.planes:
+                at, place = divmod(i * width, 8)
+                found = stored(before + at)
+                if width < 8:
+                    mask = filled(self.words, 0x01010101 * ((2**width - 1) << low))
+                    found = e.b.and_(self._moved(found, low - place), mask)
+                value = found if value is None else e.b.or_(value, found)
+                before += width
+            return value
+
+        return word
 
     def _moved(self, word: Any, up: int) -> Any:
         """Bits moved up (or down) in all lanes; what crosses into the next byte is for a mask to remove."""
@@ -143,9 +159,10 @@ class Gemv:
         shift = self.e.b.shl if up > 0 else self.e.b.lshr
         return shift(word, filled(self.words, abs(up)))
 
-    def _activations(self, row: Any, number: Any) -> list[Any]:
-        e, at = self.e, self.e.times(number, SUB)
-        return [e.splat(e.load(I32, row, at, 4 * i, align=4), self.isa.lanes) for i in range(8)]
+    def _activations(self, row: Any, number: Any, i: int) -> Any:
+        """Word i of a row's sub-group, in every lane."""
+        e = self.e
+        return e.splat(e.load(I32, row, e.times(number, SUB), 4 * i, align=4), self.isa.lanes)
 
     def _close_group(
         self, scales: Any, offsets: Any, outer: list[Any], inner: list[Any], sums: list[Any]

@@ -25,7 +25,7 @@ def build_module(isa: Isa, form: Format | None = None) -> str:
     """The LLVM IR, for one instruction set, of the kernels that read a format, or of all the others."""
     module = ir.Module(f"nybble_{isa.name}")
     if form is not None:
-        for tile in TILES:
+        for tile in reversed(TILES):  # larger ones call smaller ones
             (emit_gemm if tile >= TOGETHER else emit_gemv)(module, isa, form, tile)
         emit_gemv(module, isa, form, 1, blocks=2)
         emit_dequantize(module, isa, form)
