@@ -119,6 +119,9 @@ class ServeConfig:
     )
     block_size: int = _setting("Engine", 16, "tokens in a KV block", low=1, high=1024)
     max_model_len: int = _setting("Engine", 0, "longest prompt plus answer; 0 takes the model's own", low=0)
+    packed_cache: bool = _setting(
+        "Engine", True, "keep the model as the CPU's kernels read it, in the cache folder, for the next start"
+    )
     max_num_seqs: int = _setting("Engine", 32, "sequences that run together", low=1, high=4096)
     max_num_batched_tokens: int = _setting("Engine", 512, "tokens in one step", low=1)
     prefix_cache: bool = _setting("Engine", True, "reuse KV blocks of equal prefixes")

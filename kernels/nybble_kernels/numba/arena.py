@@ -76,8 +76,8 @@ class Arena:
 
     def __init__(self, reserve: int, threads: int = 1) -> None:
         self.threads = threads
-        self._reserve = reserve
-        self._stretch = _Stretch(reserve, threads)
+        self.reserve = reserve
+        self._stretches = [_Stretch(reserve, threads)]
 
     def room(self, blocks: int, size: int) -> Room:
         """Zeros for so many blocks of `size` bytes."""
@@ -85,10 +85,15 @@ class Arena:
             raise ValueError(f"blocks of {size} bytes do not end at a cache line")
         share = 2 * -(-blocks // (2 * self.threads))
         count = -(-share // STREAMS)
-        if not self._stretch.fits(count * size):
+        if not self._stretches[-1].fits(count * size):
             needed = self.threads * STREAMS * count * size
-            self._stretch = _Stretch(max(self._reserve // 8, needed), self.threads)
-        return Room(self._stretch.take(count, size), blocks, share)
+            self._stretches.append(_Stretch(max(self.reserve // 8, needed), self.threads))
+        return Room(self._stretches[-1].take(count, size), blocks, share)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """What is used of it, in an order that depends on the rooms that were taken, and on nothing else."""
+        for stretch in self._stretches:
+            yield from stretch.pieces()
 
 
 class _Stretch:
@@ -96,7 +101,7 @@ class _Stretch:
 
     def __init__(self, reserve: int, threads: int) -> None:
         self._threads = threads
-        streams = threads * STREAMS
+        streams = self._streams = threads * STREAMS
         self._stride = aligned(-(-reserve // streams)) + AHEAD  # bytes from stream to stream
         size = streams * self._stride + HUGE
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -109,6 +114,12 @@ class _Stretch:
 
     def fits(self, size: int) -> bool:
         return self._used + size <= self._stride - AHEAD
+
+    def pieces(self) -> Iterator[memoryview]:
+        """What is used of each stream."""
+        for stream in range(self._streams):
+            start = self._start + stream * self._stride
+            yield self._bytes[start : start + self._used].numpy().data
 
     def take(self, count: int, size: int) -> Tensor:
         start, self._used = self._start + self._used, self._used + count * size

@@ -16,7 +16,9 @@ from nybble.errors import UsageError
 from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
 from nybble_kernels.torch_cpu import quantize_rows
 from nybble_models import paged
+from nybble_models.formats.gguf import Gguf
 from nybble_models.loader import Loader
+from nybble_models.packed import PackedFile
 from nybble_models.plan import MemoryPlan
 from nybble_models.prefill import FloatPrompts, Prompts, Step, SteppedPrompts
 from nybble_models.spec import ModelSpec
@@ -52,9 +54,11 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
     kv = paged.allocate(loader.spec, planned.kv_tokens // config.block_size, config.block_size)
     weights = timer("load", loader.frame)
     blocks = Passing(loader, timer.inside("pack"))
+    file = packed_file(config, loader, threads)
     with tight_heap():
         kernels, step, prompts = timer(
-            "pack", lambda: make_step(config, loader.spec, weights, kv, threads, blocks, planned.weights)
+            "pack",
+            lambda: make_step(config, loader.spec, weights, kv, threads, blocks, planned.weights, file),
         )
     held = dict(step.weight_bytes_per_step) | table_bytes(weights)
     runner = CpuRunner(loader.spec, step, prompts, kv, max_batch=config.max_num_seqs, weight_bytes=held)
@@ -68,7 +72,7 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
             "prefill": kernels if isinstance(prompts, SteppedPrompts) else f"torch {dtype}",
         },
         dtype=dtype,
-        scheme=blocks.scheme,
+        scheme=blocks.scheme or scheme_name([loader.block(0)], loader),
         weight_bytes=dict(step.weight_bytes_per_step),
         kv_bytes_per_token=paged.bytes_per_token(loader.spec),
         bandwidth=bandwidth,
@@ -94,11 +98,11 @@ class Passing:
 
     def __init__(self, loader: Loader, progress: Callable[[float], None]) -> None:
         self._loader, self._progress = loader, progress
-        self.scheme = "none"
+        self.scheme = ""
 
     def __iter__(self) -> Iterator[Block]:
         for block in self._loader.blocks(self._progress):
-            if self.scheme == "none":
+            if self.scheme in ("", "none"):
                 self.scheme = scheme_name([block], self._loader)
             yield block
 
@@ -119,12 +123,29 @@ def take_head(weights: Weights, config: ServeConfig, *, packed: bool) -> Weight:
     """
     head = head_of(weights, config)
     if isinstance(head, QuantizedTensor):
-        gone = torch.empty(shape_of(head), device="meta")
-        if weights.head is not None:
-            weights.head.weight = gone if packed and config.dtype == "auto" else head
-        elif packed:
-            weights.embed = gone
+        if packed and (weights.head is None or config.dtype == "auto"):
+            let_go_of_head(weights)
+        elif weights.head is not None:
+            weights.head.weight = head
     return head
+
+
+def let_go_of_head(weights: Weights) -> None:
+    """Of the output matrix, or the embedding that is one, the shape is left."""
+    if weights.head is not None:
+        weights.head.weight = torch.empty(shape_of(weights.head.weight), device="meta")
+    else:
+        weights.embed = torch.empty(shape_of(weights.embed), device="meta")
+
+
+def packed_file(config: ServeConfig, loader: Loader, threads: int) -> PackedFile | None:
+    """Where the packed model is kept from start to start; None where it is not, or floats read prompts."""
+    source = loader.source
+    place = source.path if isinstance(source, Gguf) else getattr(source, "directory", None)
+    compiled = config.kernels in ("auto", "numba") and config.dtype == "auto"
+    if not config.packed_cache or not compiled or place is None:
+        return None
+    return PackedFile.of(place, config.cache_path / "packed", threads, config.head_bits)
 
 
 def make_step(
@@ -135,13 +156,17 @@ def make_step(
     threads: int,
     blocks: Iterable[Block],
     reserve: int,
+    file: PackedFile | None = None,
 ) -> tuple[str, Step, Prompts]:
     """The decode step and its name; "auto" takes the compiled one where it runs. Prompts go through it too,
-    unless floats are asked for.
+    unless floats are asked for. Where `file` has the packed model, no block is read.
     """
     if config.kernels in ("auto", "numba"):
         from nybble_models.program import build_program
 
+        packed = file.read() if file is not None else None
+        if packed is not None and packed.head.integer:
+            let_go_of_head(weights)
         program = build_program(
             spec,
             weights,
@@ -151,6 +176,8 @@ def make_step(
             max_batch=config.max_num_seqs,
             blocks=blocks,
             reserve=reserve,
+            packed=packed,
+            keep=None if file is None else file.write,
         )
         prompts: Prompts = SteppedPrompts(spec, program)
         if config.dtype != "auto":
