@@ -60,13 +60,13 @@ BY_FORM = {
 """Methods by what is stored; 3 and 4 bits are run with and without zero points."""
 
 
-def plans(forms: list[str], group: int) -> Iterator[tuple[str, str]]:
-    """(tool, recipe), the recipes that compete side by side."""
+def plans(forms: list[str], group: int, chosen: list[str] | None = None) -> Iterator[tuple[str, str]]:
+    """(tool, recipe), the recipes that compete side by side; of all methods, or of those `chosen`."""
     for form in forms:
         words = [form] if form not in ("w3", "w4") else [f"{form}g{group}", f"{form}g{group}-sym"]
         for word in words:
             for tool, methods in BY_FORM[form].items():
-                yield from ((tool, f"{method}-{word}") for method in methods)
+                yield from ((tool, f"{m}-{word}") for m in methods if chosen is None or m in chosen)
 
 
 def stories(path: Path, tokenizer: Tokenizer, length: int) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def rows(options: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
         "evaluation": f"{len(evaluation)} x {evaluation.shape[1]}",
         "unquantized": round(plain, 4),
     }
-    for tool, recipe in plans(options.forms, options.group):
+    for tool, recipe in plans(options.forms, options.group, options.methods):
         if {"gptqmodel": options.env_a, "llmcompressor": options.env_b}.get(tool, Path()) is None:
             continue
         row = common | {"tool": tool} | quantized(options, tool, recipe, work)
@@ -178,6 +178,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=12, help="with --text: how many; 0: all")
     parser.add_argument("--eval-length", type=int, default=2048, help="with --text: tokens in such a window")
     parser.add_argument("--forms", nargs="+", choices=tuple(BY_FORM), default=list(BY_FORM))
+    parser.add_argument("--methods", nargs="+", help="of each tool's methods these only, as rtn gptq awq")
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--env-a", type=Path, help="see referees/README.md")
     parser.add_argument("--env-b", type=Path)
