@@ -125,9 +125,8 @@ def quantized(options: argparse.Namespace, tool: str, recipe: str, work: Path) -
     started = time.perf_counter()
     with (out / f"{recipe}.log").open("w", encoding="utf8") as log:
         process = subprocess.Popen(command, env=kept | ENVIRONMENT, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    row = {"process_seconds": round(time.perf_counter() - started, 1), "peak_bytes": usage.ru_maxrss * 1024}
+        process.wait()
+    row = {"process_seconds": round(time.perf_counter() - started, 1)}
     report = out / f"{recipe}.json"
     if process.returncode != 0 or not report.exists():
         tail = (out / f"{recipe}.log").read_text(encoding="utf8").strip().splitlines()[-1:]
@@ -196,7 +195,7 @@ def main() -> None:
         for row in rows(options, Path(folder)):
             figures = f"{row.get('perplexity', math.nan):10.4f} {row.get('rise', math.nan):8.4f}"
             cost = f"{row.get('seconds', math.nan):8.1f} {row['process_seconds']:8.1f}"
-            cost += f" {row['peak_bytes'] >> 20:6}"
+            cost += f" {row.get('peak_bytes', 0) >> 20:6}"
             print(f"{row['tool']:13} {row['recipe']:20} {figures} {cost} {row.get('error', '')}", flush=True)
             if options.save:
                 stamped = {"when": datetime.now(UTC).isoformat(timespec="seconds")} | row | machine
