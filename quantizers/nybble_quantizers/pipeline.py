@@ -31,7 +31,7 @@ from nybble_quantizers.output import JOURNAL, appearing
 from nybble_quantizers.report import Listener, QuantizeProgress, QuantReport, block_reports, versions
 from nybble_quantizers.rounding import naming, nearest_block
 from nybble_quantizers.scheme import Scheme
-from nybble_quantizers.selection import Selection, select
+from nybble_quantizers.selection import Selection, select, unfit
 from nybble_quantizers.stream import Stream, calibration_for, read_block
 from nybble_quantizers.task import Task
 from nybble_quantizers.units import by_name
@@ -117,7 +117,8 @@ class _Run:
         self.estimate = self.foreseen()
         skipped = self.selection.skipped
         if skipped and self.scheme.method != "none":
-            log.warning("%d linears stay at 16 bits, the first is %s", len(skipped), skipped[0])
+            why = unfit(spec, self.scheme)
+            log.warning("%d linears stay at 16 bits, the first is %s%s", len(skipped), skipped[0], why)
 
     def foreseen(self, rate: float = 0.0) -> Estimate:
         task = self.task

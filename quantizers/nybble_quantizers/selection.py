@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from nybble_models.errors import ModelError
 from nybble_models.families import Family
-from nybble_models.formats.container import Container
+from nybble_models.formats.container import CONTAINERS, Container
 from nybble_models.formats.form import CHANNEL, Form
 from nybble_models.spec import ModelSpec
 from nybble_quantizers.scheme import Scheme
@@ -71,6 +71,20 @@ def select(
         for p in spec.projections
     }
     return Selection(chosen, held, _bytes(spec, chosen, ends))
+
+
+def unfit(spec: ModelSpec, scheme: Scheme) -> str:
+    """What to say of linears that the format cannot hold in the scheme's form, and which format could."""
+    form = scheme.form
+    if form is None:
+        return ""
+    shapes = [spec.shape(p) for p in spec.projections]
+    reason = next(filter(None, (scheme.container.fits(shape, form) for shape in shapes)), None)
+    if reason is None:
+        return ""
+    others = [each.name for each in CONTAINERS.values() if not any(each.fits(s, form) for s in shapes)]
+    able = [name for name in others if form.symmetric or name != "gptq"]
+    return f": {reason}" + (f" (--format {able[-1]} holds it)" if able else "")
 
 
 def linear_names(spec: ModelSpec, family: Family) -> list[str]:

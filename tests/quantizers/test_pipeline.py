@@ -182,6 +182,7 @@ def test_what_the_format_cannot_hold_stays_16_bit(
     downs = tuple(f"model.layers.{i}.mlp.down_proj" for i in range(3))
     assert report.skipped == downs
     assert "3 linears stay at 16 bits" in caplog.text
+    assert "96 inputs are not a multiple of the group size 64 (--format gptq_v2 holds it)" in caplog.text
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["modules_to_not_convert"] == list(downs)
     block = Loader(Checkpoint(tmp_path / "out")).block(0)
