@@ -40,7 +40,7 @@ test: $(VENV)/.developer  ## format, lint, types, import contracts, tests: what 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fix: $(VENV)/.developer  ## format and repair what ruff can repair
 	$(BIN)/ruff check --fix .
