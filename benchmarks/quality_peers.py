@@ -45,7 +45,7 @@ ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB
 
 BY_FORM = {
     "w4": {
-        "nybble": ("rtn", "gptq", "awq", "awq+gptq", "awq+gptq+best"),
+        "nybble": ("rtn", "gptq", "awq", "awq+gptq", "gptq+best", "awq+gptq+best"),
         "gptqmodel": ("gptq", "awq"),
         "llmcompressor": ("rtn", "gptq", "awq", "awq+gptq"),
     },
@@ -55,7 +55,7 @@ BY_FORM = {
         "llmcompressor": ("rtn", "gptq"),
     },
     "w8a8": {"nybble": ("rtn", "smoothquant"), "llmcompressor": ("rtn", "smoothquant")},
-    "fp8": {"nybble": ("rtn",), "llmcompressor": ("rtn",)},
+    "fp8": {"nybble": ("rtn", "gptq", "awq+gptq"), "llmcompressor": ("rtn",)},
 }
 """Methods by what is stored; 3 and 4 bits are run with and without zero points."""
 
