@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO
 
 import torch
@@ -37,7 +38,8 @@ log = logging.getLogger("nybble.engine")
 
 SMALLEST = 1 << 24  # bytes: less is packed as fast as it is read
 SPARE = 1 << 30  # bytes of the disk that are left to others
-UNUSED = 30 * 24 * 3600  # seconds after which a file of another model goes
+UNUSED, KILLED = 30 * 24 * 3600, 3600  # seconds after which a file of another model goes, and half a file
+PART = ".part"
 DESCRIPTION = "description"
 
 
@@ -111,36 +113,40 @@ class PackedFile:
     def write(self, model: PackedModel) -> None:
         """Appears whole or not at all. A disk that is full or cannot be written is no reason not to serve."""
         size = sum(len(piece) for piece in model.arena.pieces())
-        beside = self.path.with_suffix(f".{os.getpid()}")
         if size < SMALLEST:
             return
+        folder = self.path.parent
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _tidy(self.path.parent)
-            if shutil.disk_usage(self.path.parent).free < size + SPARE:
-                raise OSError(f"{self.path.parent} has less than {(size + SPARE) / 1e9:.1f} GB left")
-            with beside.open("wb") as file:
-                self._write(file, model)
-            beside.replace(self.path)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _tidy(folder)
+            if shutil.disk_usage(folder).free < size + SPARE:
+                raise OSError(f"{folder} has less than {(size + SPARE) / 1e9:.1f} GB left")
+            self._write(folder, model)
         except OSError as error:
             log.warning("the packed model is not kept for the next start: %s", error)
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
 
-    def _write(self, file: BinaryIO, model: PackedModel) -> None:
-        small = _small(model, self.key)
-        file.write(len(small).to_bytes(8, "little") + small)
-        for piece in model.arena.pieces():
-            file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
+    def _write(self, folder: Path, model: PackedModel) -> None:
+        with NamedTemporaryFile(dir=folder, suffix=PART, delete=False) as file:
+            beside = Path(file.name)
+            try:
+                small = _small(model, self.key)
+                file.write(len(small).to_bytes(8, "little") + small)
+                for piece in model.arena.pieces():
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+                beside.replace(self.path)
+            except OSError:
+                beside.unlink()
+                raise
 
 
 def _tidy(folder: Path) -> None:
     """Models that nobody serves any more, and what a start that was killed left."""
     for file in folder.iterdir():
         with contextlib.suppress(OSError):
-            if time.time() - file.stat().st_mtime > UNUSED:
+            age = time.time() - file.stat().st_mtime
+            if age > (KILLED if file.suffix == PART else UNUSED):
                 file.unlink()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,22 @@ def test_the_cache_lies_where_it_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         assert cache_folder().is_dir()
     finally:
         cache_folder.cache_clear()
+
+
+def test_what_no_version_uses_any_more_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, young, others = (tmp_path / name for name in ("0" * 16, "1" * 16, "somebody_s"))
+    for folder in (old, young, others):
+        folder.mkdir()
+        (folder / "file").write_text("x")
+    for folder in (old, others):
+        os.utime(folder, (0, time.time() - compiled.UNUSED - 1))
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    cache_folder.cache_clear()
+    try:
+        made = cache_folder()
+    finally:
+        cache_folder.cache_clear()
+    assert sorted(tmp_path.iterdir()) == sorted([made, young, others])
 
 
 SECOND_START = """

@@ -156,10 +156,15 @@ def test_small_models_are_not_kept_and_old_ones_go(tmp_path: Path, monkeypatch: 
     for each in (old, young):
         each.write_bytes(b"x")
     os.utime(old, (0, time.time() - packed.UNUSED - 1))
+    killed, going = file.path.with_name("killed.part"), file.path.with_name("going.part")
+    for each in (killed, going):
+        each.write_bytes(b"x")
+    os.utime(killed, (0, time.time() - packed.KILLED - 1))
     model = file.read()
     assert model is not None
     file.write(model)
     assert young.exists() and not old.exists()
+    assert going.exists() and not killed.exists()
     monkeypatch.setattr(packed, "SMALLEST", 1 << 30)
     PackedFile(tmp_path / "kept" / "big.packed", "key").write(model)
     assert not (tmp_path / "kept" / "big.packed").exists()

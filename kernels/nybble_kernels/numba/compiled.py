@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,9 @@ from nybble_kernels.numba import step
 from nybble_kernels.numba.isa import Isa
 from nybble_kernels.numba.jit import entry
 from nybble_kernels.numba.machine import Kernels
+
+UNUSED = 30 * 24 * 3600  # seconds
+VERSION = re.compile("[0-9a-f]{16}")  # the folder of one
 
 Progress = Callable[[str], None]
 Run = Callable[[int, int, int, int, int, int], None]
@@ -38,10 +45,20 @@ def cache_folder() -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK):
+            os.utime(folder)
+            _tidy(Path(root))
             return folder
     except OSError:
         pass
     return Path(tempfile.mkdtemp(prefix="nybble-numba-"))
+
+
+def _tidy(root: Path) -> None:
+    """What other versions of the code left and none has used for long. Numba's own files stay."""
+    for folder in root.iterdir():
+        with suppress(OSError):
+            if VERSION.fullmatch(folder.name) and time.time() - folder.stat().st_mtime > UNUSED:
+                shutil.rmtree(folder)
 
 
 def _version() -> str:
