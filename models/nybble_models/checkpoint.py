@@ -15,6 +15,9 @@ from nybble_models.errors import BrokenCheckpoint
 REPORT = "quant_report.json"  # beside the weights of a checkpoint that was quantized here
 
 
+INDEX = "model.safetensors.index.json"
+
+
 class Checkpoint:
     """A Hugging Face folder: `config.json` and safetensors shards, read lazily and by name."""
 
@@ -25,7 +28,7 @@ class Checkpoint:
         self.index = self._read_index()
 
     def _read_index(self) -> dict[str, Path]:
-        listing = self.directory / "model.safetensors.index.json"
+        listing = self.directory / INDEX
         if listing.exists():
             entries = read_json(listing).get("weight_map", {})
             return {name: self._shard_path(str(file)) for name, file in entries.items()}
@@ -83,6 +86,11 @@ class Checkpoint:
     def release(self) -> None:
         """Let go of the files: pages of them that were read count as memory of the process until then."""
         self._shards.clear()
+
+    def files(self) -> list[Path]:
+        """Settings and shards."""
+        settings = ("config.json", *BESIDE, INDEX)
+        return [*(self.directory / name for name in settings), *sorted(set(self.index.values()))]
 
     def levels(self, name: str) -> None:
         """Numbers only: what levels are made of has several names, and a codec reads them."""

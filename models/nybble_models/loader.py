@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -52,6 +53,10 @@ class Source(Protocol):
 
     def release(self) -> None:
         """Let go of pages of the files that were read: they count as memory of the process until then."""
+        ...
+
+    def files(self) -> list[Path]:
+        """Where all of it lies, what names the model first. A file need not be there."""
         ...
 
 
@@ -131,9 +136,12 @@ class Loader:
         weights.blocks += self.blocks(progress)
         return weights
 
-    def frame(self) -> Weights:
-        """The model without its blocks."""
-        return Weights(self.embed(), self.positions(), [], self.final_norm(), self.head())
+    def frame(self, held: Collection[str] = ()) -> Weights:
+        """The model without its blocks. Of tables `held` elsewhere ("embed", "head") shapes are left."""
+        gone = torch.empty(self.spec.vocab_size, self.spec.hidden_size, device="meta")
+        embed = gone if "embed" in held else self.embed()
+        head = Linear(gone) if "head" in held else self.head()
+        return Weights(embed, self.positions(), [], self.final_norm(), head)
 
     def blocks(self, progress: Callable[[float], None] | None = None) -> Iterator[Block]:
         """One after another; what was read of the files is let go of in between."""

@@ -19,9 +19,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
+from io import BufferedReader
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -40,6 +42,7 @@ SMALLEST = 1 << 24  # bytes: less is packed as fast as it is read
 SPARE = 1 << 30  # bytes of the disk that are left to others
 UNUSED, KILLED = 30 * 24 * 3600, 3600  # seconds after which a file of another model goes, and half a file
 PART = ".part"
+SHORT = "it is shorter than it says"
 DESCRIPTION = "description"
 
 
@@ -66,32 +69,43 @@ class PackedLayer:
 class PackedModel:
     """Everything that a program reads from the arena, and what goes with it.
 
-    embedding: levels of its own, where the model has such.
+    embedding: levels of its own, where the model has such · scheme: what was packed, in words.
     """
 
     arena: Arena
     head: HeldWeight
     layers: Sequence[PackedLayer]
     embedding: HeldWeight | None = None
+    scheme: str = ""
+
+    def held(self, tied: bool) -> set[str]:
+        """Tables that need not be loaded (`Loader.frame`). An embedding is, where it is read as floats."""
+        if tied:
+            return {"embed"} if self.head.integer else set()
+        return {"head"} if self.embedding is None else {"head", "embed"}
 
 
 class PackedFile:
+    """Where one model is kept as it was packed under one set of settings."""
+
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
 
     @classmethod
-    def of(cls, source: Path, folder: Path, *settings: object) -> PackedFile:
-        """The file in `folder` for a model (a folder or a GGUF file), packed under some settings."""
-        name = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:16]
-        return cls(folder / f"{name}.packed", _digest(repr((_stamps(source), settings, _code()))))
+    def of(cls, files: Sequence[Path], folder: Path, *settings: object) -> PackedFile:
+        """The file in `folder` for a model that lies in `files`, the first of which names it."""
+        name = _digest(str(files[0].absolute()), repr(settings))[:16]
+        return cls(folder / f"{name}.packed", _digest(repr(_stamps(files)), repr(settings), _code()))
 
     def read(self) -> PackedModel | None:
         """None where there is no such file, or it is not of this model as it is now."""
         try:
+            _tidy(self.path.parent)
             with self.path.open("rb") as file:
                 model = self._read(file)
             if model is not None:
-                os.utime(self.path)
+                with contextlib.suppress(OSError):
+                    os.utime(self.path)
             return model
         except FileNotFoundError:
             return None
@@ -99,15 +113,18 @@ class PackedFile:
             log.warning("%s is not used, and written anew: %s", self.path, error)
             return None
 
-    def _read(self, file: BinaryIO) -> PackedModel | None:
-        tensors = load(file.read(int.from_bytes(file.read(8), "little")))
-        described = json.loads(tensors.pop(DESCRIPTION).numpy().tobytes())
-        if described["key"] != self.key:
+    def _read(self, file: BufferedReader) -> PackedModel | None:
+        size = int.from_bytes(file.read(8), "little")
+        if size > os.fstat(file.fileno()).st_size:
+            raise ValueError(SHORT)
+        tensors = load(file.read(size))
+        values = json.loads(tensors.pop(DESCRIPTION).numpy().tobytes())
+        if values["key"] != self.key:
             return None
-        model = _Reading(described, tensors).model()
+        model = _Reading(values, tensors).model()
         for piece in model.arena.pieces():
-            if file.readinto(piece) != len(piece):  # type: ignore[attr-defined]
-                raise ValueError("it is shorter than it says")
+            if file.readinto(piece) != len(piece):
+                raise ValueError(SHORT)
         return model
 
     def write(self, model: PackedModel) -> None:
@@ -136,8 +153,8 @@ class PackedFile:
                 file.flush()
                 os.fsync(file.fileno())
                 beside.replace(self.path)
-            except OSError:
-                beside.unlink()
+            except BaseException:
+                beside.unlink(missing_ok=True)
                 raise
 
 
@@ -180,6 +197,7 @@ def _small(model: PackedModel, key: str) -> bytes:
         "reserve": model.arena.reserve,
         "threads": model.arena.threads,
         "layers": len(model.layers),
+        "scheme": model.scheme,
         "weights": weights,
     }
     text = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
@@ -221,21 +239,22 @@ class _Reading:
             number, _, role = owner.partition(".norm.")
             if role:
                 layers[int(number)].norms[role] = Norm(**tensors)
-        return PackedModel(self._arena, alone["head"], layers, alone.get("embedding"))
+        scheme = self._values["scheme"]
+        return PackedModel(self._arena, alone["head"], layers, alone.get("embedding"), scheme)
 
 
-def _stamps(source: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of whatever a loader reads."""
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    read = [file for file in files if file.suffix in (".safetensors", ".json", ".gguf")]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in read]
+def _stamps(files: Sequence[Path]) -> list[tuple[str, int, int, int]]:
+    """Name, size and times: one that is written anew has another time of its change, whatever it claims."""
+    seen = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in seen]
 
 
 @lru_cache(maxsize=1)
 def _code() -> str:
-    """A digest of the code that decodes and packs."""
+    """A digest of the code that decodes and packs, and of the libraries that it does so with."""
     folders = Path(nybble_kernels.numba.__file__).parents[1], Path(__file__).parent
-    return _digest(*(path.read_text("utf8") for folder in folders for path in sorted(folder.rglob("*.py"))))
+    texts = (path.read_text("utf8") for folder in folders for path in sorted(folder.rglob("*.py")))
+    return _digest(*(version(name) for name in ("torch", "gguf")), *texts)
 
 
 def _digest(*texts: str) -> str:

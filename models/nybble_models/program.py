@@ -177,9 +177,9 @@ class _Writer:
         stored = self.weights.embed
         if self.weights.head is None and model.head.integer:
             return model.head
-        if isinstance(stored, Tensor):
-            return stored
-        return model.embedding or hold(stored, self.builder.arena)
+        if model.embedding is not None:
+            return model.embedding
+        return stored if isinstance(stored, Tensor) else hold(stored, self.builder.arena)
 
     def _attention(self, number: int, layer: _Layer) -> dict[str, list[PackedPart]]:
         builder, spec, shape = self.builder, self.spec, self.shape

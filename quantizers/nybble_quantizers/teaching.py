@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -49,6 +50,9 @@ class Finished:
 
     def release(self) -> None:
         """Nothing is held between two reads."""
+
+    def files(self) -> list[Path]:
+        return []
 
 
 def teach(

@@ -20,6 +20,7 @@ from nybble.engine.engine import Engine
 from nybble_kernels.numba.program import DecodeProgram
 from nybble_kernels.quantized import QuantizedTensor, Weight
 from nybble_models import packed, paged
+from nybble_models.checkpoint import Checkpoint
 from nybble_models.loader import Loader
 from nybble_models.packed import PackedFile
 from nybble_models.program import build_program
@@ -109,7 +110,14 @@ def test_a_file_of_something_else_is_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda b: b[:-1], lambda b: b[:100], lambda b: b"", lambda b: b"\xff" * len(b), lambda b: b[:8] + b"{}"],
+    [
+        lambda b: b[:-1],
+        lambda b: b[:100],
+        lambda b: b"",
+        lambda b: b"\xff" * len(b),
+        lambda b: b[:8] + b"{}",
+        lambda b: b"A" * len(b),
+    ],
 )
 def test_a_damaged_file_is_named_and_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Any
@@ -170,26 +178,38 @@ def test_small_models_are_not_kept_and_old_ones_go(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "kept" / "big.packed").exists()
 
 
+def test_a_file_that_cannot_be_touched_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = small_file(tmp_path)
+
+    def refused(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert file.read() is not None
+
+
 def test_the_key_follows_model_settings_and_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "model.safetensors").write_bytes(b"1")
+    (tmp_path / "model").mkdir()
+    model = write_checkpoint(tmp_path / "model")
+    weights = model / "model.safetensors"
+
+    def made(*settings: object) -> PackedFile:
+        return PackedFile.of(Checkpoint(model).files(), tmp_path, *settings)
+
+    first = made(2, 8)
     (model / "README.md").write_text("prose")
-    made = [PackedFile.of(model, tmp_path, 2, 8)]
-    (model / "README.md").write_text("other prose")
-    assert PackedFile.of(model, tmp_path, 2, 8).key == made[0].key
-    made.append(PackedFile.of(model, tmp_path, 1, 8))
-    (model / "model.safetensors").write_bytes(b"12")
-    made.append(PackedFile.of(model, tmp_path, 2, 8))
-    os.utime(model / "model.safetensors", (0, 0))
-    made.append(PackedFile.of(model, tmp_path, 2, 8))
+    assert (made(2, 8).key, made(2, 8).path) == (first.key, first.path)
+    assert made(1, 8).key != first.key
+    assert made(1, 8).path != first.path  # two settings in turn do not take each other's place
+    before = weights.stat()
+    weights.write_bytes(weights.read_bytes())
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # it claims to be as old as it was
+    again = made(2, 8)
+    assert (again.path, again.key == first.key) == (first.path, False)
     monkeypatch.setattr(packed, "_code", lambda: "new code")
-    made.append(PackedFile.of(model, tmp_path, 2, 8))
-    assert len({file.key for file in made}) == len(made)
-    assert len({file.path for file in made}) == 1
-    other = tmp_path / "other.gguf"
-    other.write_bytes(b"1")
-    assert PackedFile.of(other, tmp_path, 2, 8).path != made[0].path
+    assert made(2, 8).key not in (first.key, again.key)
+    (model / "quantize_config.json").symlink_to(tmp_path / "gone")
+    assert made(2, 8).path == first.path
 
 
 def answers(engine: Engine) -> list[int]:
@@ -199,7 +219,7 @@ def answers(engine: Engine) -> list[int]:
     return list(sink.tokens)
 
 
-def test_the_second_start_reads_no_block(
+def test_the_second_start_reads_no_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -212,14 +232,15 @@ def test_the_second_start_reads_no_block(
     engine.stop()
 
     def none(*_: object) -> None:
-        raise AssertionError("a block was read")
+        raise AssertionError("a matrix was read")
 
-    monkeypatch.setattr(Loader, "blocks", none)
+    for part in ("blocks", "block", "embed"):
+        monkeypatch.setattr(Loader, part, none)
     engine = build_engine(config, lambda phase, part: None)
     assert answers(engine) == expected
     assert (engine.info.quantization, engine.info.weight_bytes) == (told.quantization, told.weight_bytes)
     engine.stop()
-    with pytest.raises(AssertionError, match="a block was read"):
+    with pytest.raises(AssertionError, match="a matrix was read"):
         build_engine(replace(config, packed_cache=False), lambda phase, part: None)
     assert not caplog.text
 

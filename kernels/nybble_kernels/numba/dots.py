@@ -21,7 +21,7 @@ Dots = Callable[[Emitter, int, Word, Sequence[Word], Sequence[Any]], list[Any]]
 """dots(emitter, bits, weights, activations of every row, their sums) -> i32 lanes of every row.
 
 `weights(i)` emits word i of the codes, `activations[m](i)` of a row; sums are i32 scalars. A word of codes
-meets all rows before the next is asked for, so that only their sums stay in registers.
+meets all rows that are given before the next is asked for, so that only their sums stay in registers.
 """
 
 
@@ -67,7 +67,7 @@ def _avx2(
                 a = e.call("llvm.x86.avx2.psign.b", bytes_, a, w)
             product = e.call("llvm.x86.avx2.pmadd.ub.sw", shorts, size, a)
             sums[m] = product if i % together == 0 else e.b.add(sums[m], product)
-            if i % together == together - 1 or i == 7:
+            if i % together == together - 1:
                 wide = e.call("llvm.x86.avx2.pmadd.wd", words, sums[m], ones)
                 results[m] = wide if results[m] is None else e.b.add(results[m], wide)
     return results

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from threading import Lock
 from typing import Any
 
@@ -126,7 +126,7 @@ def _object(isa: Isa, form: Format | None, target: Target, machine: Any, cache: 
     if path.exists():
         return path.read_bytes()
     code: bytes = machine.emit_object(optimise(build_module(isa, form), machine))
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_bytes(code)
-    temporary.replace(path)
+    with NamedTemporaryFile(dir=cache, delete=False) as file:
+        file.write(code)
+    Path(file.name).replace(path)
     return code

@@ -60,6 +60,9 @@ class Gguf:
         """Pages of the file that were read count as memory of the process until it is mapped anew."""
         self._bytes = np.memmap(self.path, mode="r")
 
+    def files(self) -> list[Path]:
+        return [self.path]
+
     def _known_architecture(self) -> str:
         found = str(self.metadata.get("general.architecture"))
         if found not in ARCHITECTURES:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
+import nybble
 from nybble.config import ServeConfig
 from nybble.engine.bandwidth import available_memory, read_bandwidth
 from nybble.engine.built import Built, Timer, scheme_name
@@ -16,9 +18,8 @@ from nybble.errors import UsageError
 from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
 from nybble_kernels.torch_cpu import quantize_rows
 from nybble_models import paged
-from nybble_models.formats.gguf import Gguf
 from nybble_models.loader import Loader
-from nybble_models.packed import PackedFile
+from nybble_models.packed import PackedFile, PackedModel
 from nybble_models.plan import MemoryPlan
 from nybble_models.prefill import FloatPrompts, Prompts, Step, SteppedPrompts
 from nybble_models.spec import ModelSpec
@@ -50,18 +51,25 @@ def cache_limits(config: ServeConfig) -> dict[str, int]:
 def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer) -> Built:
     threads = config.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
-    bandwidth = timer("bandwidth", lambda: read_bandwidth(threads))  # first, as its probe takes memory
+    file = packed_file(config, loader, threads)  # which files there are, before any of them is read
+    bandwidth = timer("bandwidth", lambda: read_bandwidth(threads))  # early, as its probe takes memory
     kv = paged.allocate(loader.spec, planned.kv_tokens // config.block_size, config.block_size)
-    weights = timer("load", loader.frame)
+    packed = None if file is None else file.read()
+    held = set() if packed is None else packed.held(loader.spec.tied_head)
+    weights = timer("load", lambda: loader.frame(held))
     blocks = Passing(loader, timer.inside("pack"))
-    file = packed_file(config, loader, threads)
+
+    def keep(model: PackedModel) -> None:
+        if file is not None:
+            file.write(replace(model, scheme=blocks.scheme))
+
+    def make() -> tuple[str, Step, Prompts]:
+        return make_step(config, loader.spec, weights, kv, threads, blocks, planned.weights, packed, keep)
+
     with tight_heap():
-        kernels, step, prompts = timer(
-            "pack",
-            lambda: make_step(config, loader.spec, weights, kv, threads, blocks, planned.weights, file),
-        )
-    held = dict(step.weight_bytes_per_step) | table_bytes(weights)
-    runner = CpuRunner(loader.spec, step, prompts, kv, max_batch=config.max_num_seqs, weight_bytes=held)
+        kernels, step, prompts = timer("pack", make)
+    sizes = dict(step.weight_bytes_per_step) | table_bytes(weights)
+    runner = CpuRunner(loader.spec, step, prompts, kv, max_batch=config.max_num_seqs, weight_bytes=sizes)
     timer("warm-up", lambda: warm_up(runner))
     dtype = "float32" if config.dtype == "auto" else config.dtype
     return Built(
@@ -72,7 +80,7 @@ def build(config: ServeConfig, loader: Loader, planned: MemoryPlan, timer: Timer
             "prefill": kernels if isinstance(prompts, SteppedPrompts) else f"torch {dtype}",
         },
         dtype=dtype,
-        scheme=blocks.scheme or scheme_name([loader.block(0)], loader),
+        scheme=blocks.scheme if packed is None else packed.scheme,
         weight_bytes=dict(step.weight_bytes_per_step),
         kv_bytes_per_token=paged.bytes_per_token(loader.spec),
         bandwidth=bandwidth,
@@ -98,11 +106,11 @@ class Passing:
 
     def __init__(self, loader: Loader, progress: Callable[[float], None]) -> None:
         self._loader, self._progress = loader, progress
-        self.scheme = ""
+        self.scheme = "none"
 
     def __iter__(self) -> Iterator[Block]:
         for block in self._loader.blocks(self._progress):
-            if self.scheme in ("", "none"):
+            if self.scheme == "none":
                 self.scheme = scheme_name([block], self._loader)
             yield block
 
@@ -123,29 +131,21 @@ def take_head(weights: Weights, config: ServeConfig, *, packed: bool) -> Weight:
     """
     head = head_of(weights, config)
     if isinstance(head, QuantizedTensor):
-        if packed and (weights.head is None or config.dtype == "auto"):
-            let_go_of_head(weights)
-        elif weights.head is not None:
-            weights.head.weight = head
+        gone = torch.empty(shape_of(head), device="meta")
+        if weights.head is not None:
+            weights.head.weight = gone if packed and config.dtype == "auto" else head
+        elif packed:
+            weights.embed = gone
     return head
-
-
-def let_go_of_head(weights: Weights) -> None:
-    """Of the output matrix, or the embedding that is one, the shape is left."""
-    if weights.head is not None:
-        weights.head.weight = torch.empty(shape_of(weights.head.weight), device="meta")
-    else:
-        weights.embed = torch.empty(shape_of(weights.embed), device="meta")
 
 
 def packed_file(config: ServeConfig, loader: Loader, threads: int) -> PackedFile | None:
     """Where the packed model is kept from start to start; None where it is not, or floats read prompts."""
-    source = loader.source
-    place = source.path if isinstance(source, Gguf) else getattr(source, "directory", None)
     compiled = config.kernels in ("auto", "numba") and config.dtype == "auto"
-    if not config.packed_cache or not compiled or place is None:
+    if not config.packed_cache or not compiled or loader.floats:
         return None
-    return PackedFile.of(place, config.cache_path / "packed", threads, config.head_bits)
+    settings = threads, config.head_bits, HEAD_GROUP, nybble.__version__
+    return PackedFile.of(loader.source.files(), config.cache_path / "packed", *settings)
 
 
 def make_step(
@@ -156,17 +156,15 @@ def make_step(
     threads: int,
     blocks: Iterable[Block],
     reserve: int,
-    file: PackedFile | None = None,
+    packed: PackedModel | None = None,
+    keep: Callable[[PackedModel], None] | None = None,
 ) -> tuple[str, Step, Prompts]:
     """The decode step and its name; "auto" takes the compiled one where it runs. Prompts go through it too,
-    unless floats are asked for. Where `file` has the packed model, no block is read.
+    unless floats are asked for. Of a model that is `packed` already no block is read.
     """
     if config.kernels in ("auto", "numba"):
         from nybble_models.program import build_program
 
-        packed = file.read() if file is not None else None
-        if packed is not None and packed.head.integer:
-            let_go_of_head(weights)
         program = build_program(
             spec,
             weights,
@@ -177,7 +175,7 @@ def make_step(
             blocks=blocks,
             reserve=reserve,
             packed=packed,
-            keep=None if file is None else file.write,
+            keep=keep,
         )
         prompts: Prompts = SteppedPrompts(spec, program)
         if config.dtype != "auto":

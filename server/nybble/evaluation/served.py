@@ -28,6 +28,7 @@ class Served:
         alone = replace(
             config,
             quantization="none",
+            packed_cache=False,  # a checkpoint that is judged is often gone afterwards
             max_model_len=length,
             kv_cache_tokens=-(-length // block) * block,
             max_num_seqs=1,
