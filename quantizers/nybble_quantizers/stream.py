@@ -173,7 +173,7 @@ def _finite(tensor: Weight, name: str) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is quantized already")
     value = tensor.float()
-    if not bool(value.isfinite().all()):
+    if not all(bool(end.isfinite()) for end in value.aminmax()):  # NaN is both ends of what holds one
         raise BrokenCheckpoint(
             f"{name} holds NaN or infinity", hint="the checkpoint is damaged; fetch it again"
         )

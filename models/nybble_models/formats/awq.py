@@ -18,7 +18,6 @@ from nybble_models.errors import BrokenCheckpoint
 from nybble_models.formats.codec import form_of, levels_of, needs_floats
 from nybble_models.formats.form import Form, rule
 
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS = 4
 
 
@@ -102,10 +101,10 @@ class AwqCodec:
 
 
 def pack(levels: Tensor) -> Tensor:
-    """uint8 [R, C] with values 0..15 -> int32 [R, C/8]."""
-    nibbles = levels.reshape(levels.shape[0], -1, 8)[:, :, list(ORDER)].to(torch.int64)
-    words = (nibbles << (4 * torch.arange(8))).sum(-1)  # as unsigned 32-bit values
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    """uint8 [R, C] with values 0..15 -> int32 [R, C/8]; bytes as `unpack` says."""
+    columns = levels.reshape(levels.shape[0], -1, 2, 2, 2)
+    held = columns[:, :, :, 0] | columns[:, :, :, 1] << 4  # [R, C/8, b mod 2, b div 2]
+    return held.transpose(2, 3).contiguous().view(levels.shape[0], -1).view(torch.int32)
 
 
 def unpack(words: Tensor) -> Tensor:
