@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,14 @@ def test_what_no_version_uses_any_more_goes(tmp_path: Path, monkeypatch: pytest.
     finally:
         cache_folder.cache_clear()
     assert sorted(tmp_path.iterdir()) == sorted([made, young, others])
+
+
+def test_the_process_that_serves_never_runs_what_it_compiled(tmp_path: Path) -> None:
+    """Its last bits would be others than those of the next start."""
+    compiled.compile_elsewhere(tmp_path)
+    assert list(tmp_path.rglob("step.run-*.nbi"))
+    run: Any = compiled.compiled_step()
+    assert run.stats.cache_hits and not run.stats.cache_misses
 
 
 SECOND_START = """

@@ -6,6 +6,8 @@ import hashlib
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,6 +28,13 @@ from nybble_kernels.numba.machine import Kernels
 
 UNUSED = 30 * 24 * 3600  # seconds
 VERSION = re.compile("[0-9a-f]{16}")  # the folder of one
+
+COMPILE = """
+import sys
+from pathlib import Path
+from nybble_kernels.numba.compiled import compile_into
+compile_into(Path(sys.argv[1]))
+"""
 
 Progress = Callable[[str], None]
 Run = Callable[[int, int, int, int, int, int], None]
@@ -85,9 +94,30 @@ def kernels(isa: Isa, progress: Progress | None = None) -> Kernels:
 
 @lru_cache(maxsize=1)
 def _step() -> Run:
+    folder = cache_folder()
+    if not any(folder.rglob("*.nbi")):
+        compile_elsewhere(folder)
+    return compile_into(folder)
+
+
+def compile_elsewhere(folder: Path) -> None:
+    """Have another process compile the step. Where that fails, this one will.
+
+    Functions that LLVM does not inline are compiled more than once. A process that compiles calls the first
+    of them, one that loads the step those beside it, and their sums differ in the last bit: answers would
+    change with the second start. Beside that, two processes do not wait for one lock of Python.
+    """
+    here = os.pathsep.join(os.path.abspath(each) for each in sys.path)
+    command = [sys.executable, "-c", COMPILE, str(folder)]
+    with suppress(OSError):
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": here}, capture_output=True, check=False)
+
+
+def compile_into(folder: Path) -> Run:
+    """The step from the cache, or compiled into it."""
     config: Any = _config
     before = config.CACHE_DIR
-    config.CACHE_DIR = str(cache_folder())
+    config.CACHE_DIR = str(folder)
     try:
         return entry("void(int64, int64, int64, int64, int64, int64)")(step.run)
     finally:
