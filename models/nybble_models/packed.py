@@ -3,8 +3,8 @@
     file    8 bytes: the size of what follows · a safetensors file of everything small, with a description as
             JSON · the arena, stream after stream
 
-The arena's part is read straight to where a step reads it. The file belongs to one model, one version of the
-code and one number of threads: `key` says which, and a file with another key is as good as none.
+The arena's part is read straight to where a step reads it. The file belongs to one model, one set of settings
+and one version of the code: `key` says which, and a file with another key is as good as none.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class PackedModel:
     scheme: str = ""
 
     def held(self, tied: bool) -> set[str]:
-        """Tables that need not be loaded (`Loader.frame`). An embedding is, where it is read as floats."""
+        """Tables that need not be loaded (`Loader.frame`): the head, also where it is the embedding."""
         if tied:
             return {"embed"} if self.head.integer else set()
-        return {"head"} if self.embedding is None else {"head", "embed"}
+        return {"head"}
 
 
 class PackedFile:

@@ -81,12 +81,21 @@ def test_what_no_version_uses_any_more_goes(tmp_path: Path, monkeypatch: pytest.
     assert sorted(tmp_path.iterdir()) == sorted([made, young, others])
 
 
-def test_the_process_that_serves_never_runs_what_it_compiled(tmp_path: Path) -> None:
+def test_the_process_that_serves_never_runs_what_it_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its last bits would be others than those of the next start."""
-    compiled.compile_elsewhere(tmp_path)
-    assert list(tmp_path.rglob("step.run-*.nbi"))
-    run: Any = compiled.compiled_step()
+    monkeypatch.setattr(compiled, "cache_folder", lambda: tmp_path)
+    run: Any = compiled._step.__wrapped__()
     assert run.stats.cache_hits and not run.stats.cache_misses
+
+
+def test_a_step_that_no_other_process_compiles_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    compiled.compile_elsewhere(tmp_path)
+    assert "compiled in place" in caplog.text
 
 
 SECOND_START = """

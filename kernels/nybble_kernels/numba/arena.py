@@ -101,7 +101,7 @@ class _Stretch:
 
     def __init__(self, reserve: int, threads: int) -> None:
         self._threads = threads
-        streams = self._streams = threads * STREAMS
+        streams = threads * STREAMS
         self._stride = aligned(-(-reserve // streams)) + AHEAD  # bytes from stream to stream
         size = streams * self._stride + HUGE
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -117,7 +117,7 @@ class _Stretch:
 
     def pieces(self) -> Iterator[memoryview]:
         """What is used of each stream."""
-        for stream in range(self._streams):
+        for stream in range(self._threads * STREAMS):
             start = self._start + stream * self._stride
             yield self._bytes[start : start + self._used].numpy().data
 

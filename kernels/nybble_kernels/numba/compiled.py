@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -35,6 +36,8 @@ from pathlib import Path
 from nybble_kernels.numba.compiled import compile_into
 compile_into(Path(sys.argv[1]))
 """
+
+log = logging.getLogger("nybble.kernels")
 
 Progress = Callable[[str], None]
 Run = Callable[[int, int, int, int, int, int], None]
@@ -109,8 +112,10 @@ def compile_elsewhere(folder: Path) -> None:
     """
     here = os.pathsep.join(os.path.abspath(each) for each in sys.path)
     command = [sys.executable, "-c", COMPILE, str(folder)]
-    with suppress(OSError):
-        subprocess.run(command, env=os.environ | {"PYTHONPATH": here}, capture_output=True, check=False)
+    try:
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": here}, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning("the step is compiled in place, its last bits will not be the next start's: %s", error)
 
 
 def compile_into(folder: Path) -> Run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,11 +20,13 @@ from nybble_kernels.quantized import QuantizedTensor, Weight, shape_of
 from nybble_kernels.torch_cpu import quantize_rows
 from nybble_models import paged
 from nybble_models.loader import Loader
-from nybble_models.packed import PackedFile, PackedModel
 from nybble_models.plan import MemoryPlan
 from nybble_models.prefill import FloatPrompts, Prompts, Step, SteppedPrompts
 from nybble_models.spec import ModelSpec
 from nybble_models.weights import Block, Weights
+
+if TYPE_CHECKING:
+    from nybble_models.packed import PackedFile, PackedModel
 
 WIDTHS = (3, 4, 5, 6, 8)  # of weights that are worth choosing: a step reads each in so many bits
 DTYPES = {
@@ -144,6 +147,8 @@ def packed_file(config: ServeConfig, loader: Loader, threads: int) -> PackedFile
     compiled = config.kernels in ("auto", "numba") and config.dtype == "auto"
     if not config.packed_cache or not compiled or loader.floats:
         return None
+    from nybble_models.packed import PackedFile  # with Numba, which nothing else here needs
+
     settings = threads, config.head_bits, HEAD_GROUP, nybble.__version__
     return PackedFile.of(loader.source.files(), config.cache_path / "packed", *settings)
 
