@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,14 @@ from nybble_models.weights import Block, Weights
 from nybble_models.window import Window
 from nybble_quantizers.tokenizing import load_tokenizer
 from nybble_quantizers.windows import Windows
+from nybble_quantizers.workers import Map, in_turn
 
 log = logging.getLogger("nybble.quantize")
 
 FILE = "canary.json"
 LENGTH = 32  # tokens of a prompt that are compared
 TOP = 20  # candidates kept of each position
+TOGETHER = 4  # prompts that pass the linears at once, which takes half the time that each alone would
 
 PROMPTS = (
     "The harbour was quiet that morning. Two fishermen mended their nets while the ferry, late as always, "
@@ -70,12 +72,21 @@ class Canary:
         self.states: list[Tensor] = [self.decoder.embed(prompt) for prompt in self.prompts]
         weights.embed = torch.empty(0, spec.hidden_size)  # read again when the last states are judged
 
-    def advance(self, layer: int, block: Block) -> None:
+    def advance(self, layer: int, block: Block, run: Map = in_turn) -> None:
         """Past a block in float32."""
-        blocks = self.decoder.weights.blocks
-        blocks[layer] = block
-        self.states = [self.decoder.block(layer, x, Window(self.loader.spec)) for x in self.states]
-        blocks[layer] = Block()
+        decoder = self.decoder
+
+        def through(first: int) -> Sequence[Tensor]:
+            found = list[Tensor]()
+            for x in self.states[first : first + TOGETHER]:
+                normed = decoder.norm(block.norms["attention_norm"], x)
+                found.append(x + decoder.attention(block, layer, normed, Window(self.loader.spec)))
+            x = torch.cat(found)
+            x += decoder.mlp(block, decoder.norm(block.norms["mlp_norm"], x))
+            return torch.split(x, [len(each) for each in found])
+
+        parts = run(through, range(0, len(self.states), TOGETHER))
+        self.states = [state for part in parts for state in part]
 
     def kept(self) -> dict[str, Windows]:
         """All that the next block needs to know of the blocks before it."""
@@ -90,15 +101,20 @@ class Canary:
         weights.head = self.loader.head()
         if weights.head is None:
             weights.embed = dense(self.loader.embed())
-        rows = [self._row(prompt, state) for prompt, state in zip(self.prompts, self.states, strict=True)]
+        rows = [
+            _row(prompt, self.decoder.logits(state[:-1]))
+            for prompt, state in zip(self.prompts, self.states, strict=True)
+        ]
         write_json(folder / FILE, {"reference": "unquantized, float32", "prompts": rows})
         weights.embed, weights.head = torch.empty(0, self.loader.spec.hidden_size), None
 
-    def _row(self, prompt: Tensor, state: Tensor) -> dict[str, Any]:
-        logits = self.decoder.logits(state[:-1]).log_softmax(-1)
-        found = logits.topk(min(TOP, logits.shape[1]))
-        return {
-            "tokens": prompt.tolist(),
-            "top": found.indices.tolist(),
-            "logprobs": [[round(value, 5) for value in row] for row in found.values.tolist()],
-        }
+
+def _row(prompt: Tensor, logits: Tensor) -> dict[str, Any]:
+    """logits: [T - 1, V]"""
+    found = logits.topk(min(TOP, logits.shape[1]))
+    logprobs = found.values - logits.logsumexp(-1, keepdim=True)
+    return {
+        "tokens": prompt.tolist(),
+        "top": found.indices.tolist(),
+        "logprobs": [[round(value, 5) for value in row] for row in logprobs.tolist()],
+    }

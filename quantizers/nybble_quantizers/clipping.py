@@ -10,7 +10,6 @@ from torch import Tensor
 from nybble_quantizers.grids import Grid, grid, grouped, narrowed
 
 CHUNK = 1 << 21  # weights handled at a time
-CACHED = 1 << 15  # of them, where one core passes over the same ones again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,34 +40,6 @@ def search(weight: Tensor, gram: Tensor, bits: int, group_size: int, symmetric: 
         torch.cat([p.levels.scales for p in parts]), torch.cat([p.levels.zeros for p in parts]), bits
     )
     return Clipped(levels, sum(p.share * len(p.levels.scales) for p in parts) / len(weight))
-
-
-def search_columns(
-    weights: Tensor, costs: Tensor, bits: int, symmetric: bool, clip: bool
-) -> tuple[Grid, Tensor]:
-    """The range of one group of every row that minimises Σ costs · (w - ŵ)², and which rows' is narrowed.
-
-    weights: [g, N], inputs first · costs: [g] · the levels are [N].
-    """
-    rows = max(1, CACHED // len(weights))
-    parts = [_columns(part, costs, bits, symmetric, clip) for part in torch.split(weights, rows, 1)]
-    levels = Grid(torch.cat([g.scales for g, _ in parts]), torch.cat([g.zeros for g, _ in parts]), bits)
-    return levels, torch.cat([moved for _, moved in parts])
-
-
-def _columns(weights: Tensor, costs: Tensor, bits: int, symmetric: bool, clip: bool) -> tuple[Grid, Tensor]:
-    weights = weights.contiguous()
-    low, high = weights.aminmax(dim=0)
-    if not clip:
-        return grid(low, high, bits, symmetric), torch.zeros_like(low, dtype=torch.bool)
-    missed = torch.empty_like(weights)
-
-    def cost(tried: Grid) -> Tensor:
-        torch.div(weights, tried.scales, out=missed)
-        missed.round_().clamp_(-tried.zeros, 2**bits - 1 - tried.zeros).mul_(tried.scales).sub_(weights)
-        return costs @ missed.square_()
-
-    return narrowed(low, high, bits, symmetric, cost)
 
 
 def _diagonal(gram: Tensor, size: int, group_size: int) -> Tensor:

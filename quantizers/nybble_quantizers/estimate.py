@@ -28,11 +28,12 @@ from nybble_quantizers.stream import KEPT, TOGETHER, told
 
 FLOAT = 4  # bytes
 WARM = 96 << 20  # what libraries take once they compute, beyond what they take when loaded
+NUMBA = 104 << 20  # with the loops of GPTQ
 TRIES = 16  # candidates for a fold: every fourth of the grid in two kinds, then the best one's neighbours
 TEXT_SLOW = 6  # times slower than a large product: tokens are written eight at a time (SmolLM2-135M, 64 s)
 PLAIN_COST = 0.06e-6  # seconds a weight to round to nearest, pack and report it (made model, 45 M weights)
 AWQ_COST = 0.40e-6  # to round candidates and search ranges (SmolLM2-135M, 4 bits in groups of 64)
-GPTQ_COST = 0.75e-6  # to round one input after another and sweep twice (the same)
+GPTQ_COST = 0.21e-6  # to round one input after another and sweep twice (the same)
 FACTOR_WORK = 4  # K³ operations of a factorisation in float64, in terms of float32 ones (K = 1536)
 
 
@@ -126,7 +127,8 @@ class _Work:
         self.scheme = scheme
         self.given = given
         self.threads = torch.get_num_threads() if device == CPU else 1
-        self.program = WARM + (resident() if device == CPU else 0)
+        self.on_cpu = device == CPU
+        self.program = WARM + (resident() if self.on_cpu else 0)
         self.shapes = {p: spec.shape(p) for p in spec.projections}
         self.block = sum(math.prod(shape) for shape in self.shapes.values())
         self.wide = max(inputs for _, inputs in self.shapes.values())
@@ -157,7 +159,8 @@ class _Work:
         inner = 2 * self.wide + 4 * self.spec.hidden_size
         if scheme.compensates:
             parts["one block"] += FLOAT * self.block + self.block
-            rows = min(ROWS * self.threads, largest // self.wide)
+            rows = min(ROWS * self.threads if self.on_cpu else largest, largest // self.wide)
+            parts["compiled loops"] = NUMBA if self.on_cpu else 0
             parts["a Hessian and its factor"] = 44 * self.wide**2
             parts["rounding"] = FLOAT * (3 * largest + 7 * rows * self.wide)
             parts["windows on their way"] = FLOAT * (flying * inner + TOGETHER * self.length * self.wide)

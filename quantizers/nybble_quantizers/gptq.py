@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nybble_kernels.quantized import QuantizedTensor
-from nybble_quantizers import clipping
+from nybble_quantizers.columns import columns_on, full_range
 from nybble_quantizers.refining import Levels, refine
 from nybble_quantizers.workers import Map, in_turn
 
@@ -25,7 +25,7 @@ grids as for "groups". On BabyLlama-105 at 3 and 4 bits "groups" was best or wit
 """
 
 BLOCK = 64  # inputs between two updates of all the weights still to come
-ROWS = 1536  # rounded together
+ROWS = 288  # rounded together on a processor: few enough that every core has some of the smallest linear
 DAMP = 0.01  # of the mean of the diagonal, as in the paper's code
 STEP = 10.0  # by which the damping rises where the factorisation fails
 FAINT = 1e-6  # a pivot below this share of the mean is float32 noise
@@ -154,7 +154,7 @@ def round_all(
     def part(rows: Tensor) -> _Part:
         return _round(rows.T.contiguous(), factor, bits, symmetric, clip, sweeps)
 
-    parts = run(part, torch.split(stacked, ROWS))
+    parts = run(part, stacked.tensor_split(pieces(len(stacked), stacked.device)))
     codes, scales, zeros = (
         torch.cat([getattr(p.levels, name) for p in parts], 1).T for name in ("codes", "scales", "zeros")
     )
@@ -176,6 +176,11 @@ def round_all(
         found.append(Rounded(made.rows(first, last), share, factor.damp, loss))
         first = last
     return found
+
+
+def pieces(rows: int, device: torch.device) -> int:
+    """A processor's cores work side by side; a GPU takes all rows at once."""
+    return -(-rows // ROWS) if device.type == "cpu" else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,10 +205,13 @@ def _round(weight: Tensor, factor: Factor, bits: int, symmetric: bool, clip: boo
         bits,
         size,
     )
-    shares = weight.new_zeros(rows)
+    shares, columns = weight.new_zeros(rows), columns_on(weight.device)
 
     def make(group: int, weights: Tensor, places: Tensor) -> None:
-        found, moved = clipping.search_columns(weights, costs[places], bits, symmetric, clip)
+        if clip:
+            found, moved = columns.search(weights, costs[places], bits, symmetric)
+        else:
+            found, moved = full_range(weights, bits, symmetric)
         levels.scales[group], levels.zeros[group] = found.scales, found.zeros
         shares.add_(moved)
 
@@ -221,32 +229,21 @@ def _round(weight: Tensor, factor: Factor, bits: int, symmetric: bool, clip: boo
             made.add(group)
             stop = first + group_of[first:].count(group)
             make(group, work[first:stop], torch.arange(first, stop, device=work.device))
-        errors = _compensate(work, chosen, levels, group_of, factor.upper, first, last)
+        places = group_of[first:last] if static else [group]
+        errors = columns.compensate(
+            work[first:last],
+            chosen[first:last],
+            levels.scales[places],
+            levels.zeros[places],
+            factor.upper[first:last, first:last],
+            2**bits - 1,
+        )
         work[last:].addmm_(factor.upper[first:last, last:].T, errors, alpha=-1)
         losses += errors.square_().sum(0)
     levels.codes[turns] = chosen
     if sweeps:
         losses = refine(levels, weight, factor.hessian, sweeps, refit=clip)
     return _Part(levels, shares / len(levels.scales), losses)
-
-
-def _compensate(
-    work: Tensor, chosen: Tensor, levels: Levels, group_of: list[int], upper: Tensor, first: int, last: int
-) -> Tensor:
-    """Round inputs [first, last) into `chosen`; returns their errors over their pivots, [last - first, N]."""
-    top = 2**levels.bits - 1
-    block = upper[first:last, first:last].T.contiguous()
-    pivots = block.diagonal().tolist()
-    errors = torch.empty_like(work[first:last])
-    codes, weights, each = (t.unbind(0) for t in (chosen[first:last], work[first:last], errors))
-    for i, pivot in enumerate(pivots):
-        scales, zeros = levels.scales[group_of[first + i]], levels.zeros[group_of[first + i]]
-        if i:
-            weights[i].addmv_(errors[:i].T, block[i, :i], alpha=-1)
-        torch.div(weights[i], scales, out=codes[i]).round_().add_(zeros).clamp_(0, top)
-        torch.sub(codes[i], zeros, out=each[i]).mul_(scales)
-        torch.sub(weights[i], each[i], out=each[i]).mul_(1 / pivot)
-    return errors
 
 
 def _order(diagonal: Tensor, group_size: int, order: Order) -> Tensor:

@@ -213,7 +213,7 @@ class _Run:
             block, forms = read_block(self.placed, layer), self.selection.forms[layer]
             folded, quantized, findings = self._rounded(layer, block, stream)
             if canary is not None:
-                canary.advance(layer, block)
+                canary.advance(layer, block, run)
             reports = block_reports(self._names(layer), forms, folded, quantized, findings)
             states = {name: state for each in passing for name, state in each.kept().items()}
             if self.scheme.best:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nybble_quantizers.columns import Columns, columns_on
 from nybble_quantizers.grids import stored
 
 BLOCK = 64  # inputs between two updates of the whole gradient
@@ -45,43 +46,49 @@ def refine(levels: Levels, weight: Tensor, hessian: Tensor, sweeps: int, refit: 
     turn to the level nearest to where the parabola in its weight is least. No step raises the sum. `gradient`
     = H (ŵ - w) is half the sum's derivative.
     """
-    gradient = hessian @ levels.values().sub_(weight)
+    gradient, columns = hessian @ levels.values().sub_(weight), columns_on(weight.device)
     for _ in range(sweeps):
         for group, (first, last) in enumerate(levels.spans()):
-            if refit:
-                _refit(levels, group, slice(first, last), hessian, gradient)
-            for start in range(first, last, BLOCK):
-                _descend(levels, group, start, min(start + BLOCK, last), hessian, gradient)
-    missed = levels.values().sub_(weight)
-    return (hessian @ missed).mul_(missed).sum(0)
+            changes = _group(columns, levels, group, first, last, hessian, gradient, refit)
+            gradient[:first].addmm_(hessian[:first, first:last], changes)
+            gradient[last:].addmm_(hessian[last:, first:last], changes)
+    return gradient.mul_(levels.values().sub_(weight)).sum(0)
 
 
-def _refit(levels: Levels, group: int, span: slice, hessian: Tensor, gradient: Tensor) -> None:
+def _group(
+    columns: Columns,
+    levels: Levels,
+    group: int,
+    first: int,
+    last: int,
+    hessian: Tensor,
+    gradient: Tensor,
+    refit: bool,
+) -> Tensor:
+    """One group's scale and codes; the gradient of its own inputs follows. Returns its weights' changes."""
+    bends, pulls, codes = hessian[first:last, first:last], gradient[first:last], levels.codes[first:last]
+    changes = torch.zeros_like(pulls)
+    if refit:
+        changes = _refit(levels, group, codes, bends, pulls)
+        pulls.addmm_(bends, changes)
+    for start in range(0, last - first, BLOCK):
+        part = slice(start, start + BLOCK)
+        moved = columns.descend(
+            codes[part], pulls[part], levels.scales[group], bends[part, part], 2**levels.bits - 1
+        )
+        pulls.addmm_(bends[:, part], moved)
+        changes[part] += moved
+    return changes
+
+
+def _refit(levels: Levels, group: int, codes: Tensor, bends: Tensor, pulls: Tensor) -> Tensor:
     """The sum changes by 2 Δ (gradient · c) + Δ² (c H c) when a scale changes by Δ, c = codes - zeros."""
     scales = levels.scales[group]
-    signed = levels.codes[span] - levels.zeros[group]
-    slope = (gradient[span] * signed).sum(0)
-    bend = (hessian[span, span] @ signed).mul_(signed).sum(0)
+    signed = codes - levels.zeros[group]
+    slope = (pulls * signed).sum(0)
+    bend = (bends @ signed).mul_(signed).sum(0)
     change = stored(scales - slope / bend).sub_(scales)
     lower = change * bend + 2 * slope
     change = torch.where((change * lower < 0) & change.isfinite(), change, 0.0)
     scales.add_(change)
-    gradient.addmm_(hessian[:, span], signed.mul_(change))
-
-
-def _descend(levels: Levels, group: int, first: int, last: int, hessian: Tensor, gradient: Tensor) -> None:
-    scales, top = levels.scales[group], 2**levels.bits - 1
-    inverse = scales.reciprocal()
-    block = hessian[first:last, first:last]
-    pivots = block.diagonal().tolist()
-    changes = torch.empty_like(gradient[first:last])
-    chosen = torch.empty_like(scales)
-    codes = levels.codes[first:last].unbind(0)
-    for i, pull in enumerate(gradient[first:last].unbind(0)):
-        torch.addmv(pull, changes[:i].T, block[i, :i], out=chosen) if i else chosen.copy_(pull)
-        chosen.mul_(inverse)
-        torch.sub(codes[i], chosen, alpha=1 / pivots[i], out=chosen)
-        chosen.round_().clamp_(0, top)
-        torch.sub(chosen, codes[i], out=changes[i]).mul_(scales)
-        codes[i].copy_(chosen)
-    gradient.addmm_(hessian[:, first:last], changes)
+    return signed.mul_(change)

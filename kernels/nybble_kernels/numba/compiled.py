@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import llvmlite
 import numba
@@ -39,11 +39,12 @@ compile_into(Path(sys.argv[1]))
 
 log = logging.getLogger("nybble.kernels")
 
+F = TypeVar("F", bound=Callable[..., Any])
 Progress = Callable[[str], None]
 Run = Callable[[int, int, int, int, int, int], None]
 """`run(pool, frame, program, rows, workers, number)`, without the GIL."""
 
-_STEP_LOCK, _KERNELS_LOCK = threading.Lock(), threading.Lock()
+_STEP_LOCK, _KERNELS_LOCK, _OTHERS_LOCK = threading.Lock(), threading.Lock(), threading.Lock()
 
 
 @lru_cache(maxsize=1)
@@ -98,7 +99,7 @@ def kernels(isa: Isa, progress: Progress | None = None) -> Kernels:
 @lru_cache(maxsize=1)
 def _step() -> Run:
     folder = cache_folder()
-    if not any(folder.rglob("*.nbi")):
+    if not any(folder.rglob("step.*.nbi")):
         compile_elsewhere(folder)
     return compile_into(folder)
 
@@ -120,11 +121,21 @@ def compile_elsewhere(folder: Path) -> None:
 
 def compile_into(folder: Path) -> Run:
     """The step from the cache, or compiled into it."""
+    return _loaded(step.run, "void(int64, int64, int64, int64, int64, int64)", folder)
+
+
+def cached(function: F, signature: str) -> F:
+    """Another function from the cache, or compiled into it. What it calls must be compiled as its part."""
+    with _OTHERS_LOCK:
+        return _loaded(function, signature, cache_folder())
+
+
+def _loaded(function: F, signature: str, folder: Path) -> F:
     config: Any = _config
     before = config.CACHE_DIR
     config.CACHE_DIR = str(folder)
     try:
-        return entry("void(int64, int64, int64, int64, int64, int64)")(step.run)
+        return entry(signature)(function)
     finally:
         config.CACHE_DIR = before
 

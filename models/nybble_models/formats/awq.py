@@ -102,9 +102,12 @@ class AwqCodec:
 
 def pack(levels: Tensor) -> Tensor:
     """uint8 [R, C] with values 0..15 -> int32 [R, C/8]; bytes as `unpack` says."""
-    columns = levels.reshape(levels.shape[0], -1, 2, 2, 2)
-    held = columns[:, :, :, 0] | columns[:, :, :, 1] << 4  # [R, C/8, b mod 2, b div 2]
-    return held.transpose(2, 3).contiguous().view(levels.shape[0], -1).view(torch.int32)
+    columns = levels.T.reshape(-1, 8, len(levels))  # [C/8, 8, R]: codes are stored by column
+    words = torch.zeros(len(columns), len(levels), dtype=torch.int32)
+    for b in range(4):
+        low = 4 * (b % 2) + b // 2
+        words |= (columns[:, low] | columns[:, low + 2] << 4).to(torch.int32) << 8 * b
+    return words.T.clone(memory_format=torch.contiguous_format)
 
 
 def unpack(words: Tensor) -> Tensor:
