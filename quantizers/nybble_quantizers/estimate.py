@@ -33,7 +33,7 @@ TRIES = 16  # candidates for a fold: every fourth of the grid in two kinds, then
 TEXT_SLOW = 6  # times slower than a large product: tokens are written eight at a time (SmolLM2-135M, 64 s)
 PLAIN_COST = 0.06e-6  # seconds a weight to round to nearest, pack and report it (made model, 45 M weights)
 AWQ_COST = 0.40e-6  # to round candidates and search ranges (SmolLM2-135M, 4 bits in groups of 64)
-GPTQ_COST = 0.21e-6  # to round one input after another and sweep twice (the same)
+GPTQ_COST = 0.35e-6  # to round one input after another and sweep twice (the same)
 FACTOR_WORK = 4  # K³ operations of a factorisation in float64, in terms of float32 ones (K = 1536)
 
 

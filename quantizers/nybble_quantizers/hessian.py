@@ -16,15 +16,15 @@ BAND = 256  # columns made at a time
 TOGETHER = 8  # windows in memory at the same time, where they come from a file or are made on the way
 
 
-def hessian(inputs: Sequence[Tensor], run: Map = in_turn, which: range | None = None) -> Tensor:
-    """XᵀX over all tokens [K, K]: windows [T, K], summed in their order; of those numbered `which` if given.
+def hessian(inputs: Sequence[Tensor], run: Map = in_turn) -> Tensor:
+    """XᵀX over all tokens [K, K]: windows [T, K], summed in their order.
 
     Half of it is computed, in bands of rows that start at the diagonal, and mirrored. Each band is one piece
     of work, so the sums do not depend on how many are made side by side.
     """
     width = inputs[0].shape[1]
     total = inputs[0].new_zeros(width, width)
-    for held in _parts(inputs, which or range(len(inputs)), run):
+    for held in _parts(inputs, run):
 
         def band(first: int, held: Sequence[Tensor] = held) -> None:
             part = total[first : first + BAND, first:]
@@ -38,13 +38,10 @@ def hessian(inputs: Sequence[Tensor], run: Map = in_turn, which: range | None = 
 def lack(
     wanted: Sequence[Tensor], found: Sequence[Tensor], inputs: Sequence[Tensor], run: Map = in_turn
 ) -> Tensor:
-    """Σ (wanted - found)ᵀ x over all tokens [N, K], of windows [T, N], [T, N] and [T, K] in their order.
-
-    `wanted` may hold fewer windows than the others: then over the tokens of the first ones.
-    """
+    """Σ (wanted - found)ᵀ x over all tokens [N, K], of windows [T, N], [T, N] and [T, K] in their order."""
     total = inputs[0].new_zeros(wanted[0].shape[1], inputs[0].shape[1])
     missing = Seen(range(len(wanted)), lambda i: (wanted[i] - found[i], inputs[i]))
-    for held in _parts(missing, range(len(wanted)), run):
+    for held in _parts(missing, run):
 
         def band(first: int, held: Sequence[tuple[Tensor, Tensor]] = held) -> None:
             columns = slice(first, first + BAND)
@@ -55,7 +52,7 @@ def lack(
     return total
 
 
-def _parts(windows: Sequence[T], which: range, run: Map) -> Iterator[list[T]]:
+def _parts(windows: Sequence[T], run: Map) -> Iterator[list[T]]:
     """A few windows at a time."""
-    for first in range(0, len(which), TOGETHER):
-        yield run(windows.__getitem__, which[first : first + TOGETHER])
+    for first in range(0, len(windows), TOGETHER):
+        yield run(windows.__getitem__, range(first, min(first + TOGETHER, len(windows))))

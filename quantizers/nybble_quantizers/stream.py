@@ -23,7 +23,7 @@ from nybble_quantizers.generate import generate
 from nybble_quantizers.report import Listener, QuantizeProgress
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.selection import Forms
-from nybble_quantizers.sequential import ENOUGH, TOLD, Passage
+from nybble_quantizers.sequential import ENOUGH, Passage
 from nybble_quantizers.smoothquant import smooth_block
 from nybble_quantizers.tokenizing import load_tokenizer
 from nybble_quantizers.windows import Place, Windows, in_memory
@@ -142,13 +142,9 @@ class Stream:
 
 
 def told(scheme: Scheme, windows: int, length: int, hidden_size: int) -> int:
-    """How many windows also pass the float blocks: all of them teach, some will do to correct by, or none."""
-    if not scheme.compensates:
-        return 0
-    some = min(windows, -(-TOLD // length))
-    if scheme.best:
-        return windows
-    return some if some * length >= ENOUGH * hidden_size else 0
+    """How many windows also pass the float blocks: all, to teach or to correct by, or none."""
+    useful = scheme.best or windows * length >= ENOUGH * hidden_size
+    return windows if scheme.compensates and useful else 0
 
 
 def read_block(loader: Loader, layer: int) -> Block:

@@ -98,8 +98,6 @@ def test_sums_do_not_depend_on_where_windows_are(place: Place) -> None:
     held = place(20, (5, 7))
     for index, window in enumerate(made(20)):
         held[index] = window
-    aims = made(9, 5, 3)
+    aims, found = made(20, 5, 3), made(21, 5, 3)
     assert torch.equal(hessian(held), hessian(made(20)))
-    assert torch.equal(lack(aims, made(21, 5, 3), held), lack(aims, made(21, 5, 3), made(20)))
-    parts = hessian(held, which=range(9)) + hessian(held, which=range(9, 20))
-    assert torch.allclose(parts, hessian(held), atol=1e-4)
+    assert torch.equal(lack(aims, found, held), lack(aims, found, made(20)))
