@@ -3,7 +3,8 @@
     quality.py --text wiki.test.raw                  the default model, groups of 64 and 32
     quality.py --text wiki.test.raw --engine serve   through the kernels and the cache that serve
     quality.py --folder DIR                          and a folder that another program quantized
-    quality.py --table --weights DIR                 the tables of OPT and Llama-2, all windows
+    quality.py --table --weights DIR --calibration c4.jsonl
+                                                     the tables of OPT and Llama-2, all windows
     quality.py ... --save                            append to results/quality.jsonl
 
 What is measured, and how, is `nybble eval`'s. A calibration text that shares ten words in a row with the text
@@ -27,7 +28,7 @@ from typing import Any, NoReturn
 from quality_subject import PLAIN, Row, Subject
 
 from nybble.bench.machine import facts
-from nybble.errors import NybbleError
+from nybble.errors import NybbleError, UsageError
 from nybble_models.errors import ModelError
 
 RESULTS = Path(__file__).parent / "results" / "quality.jsonl"
@@ -36,6 +37,7 @@ WINDOWS = 12
 with Path(__file__).with_name("quality_tables.toml").open("rb") as _file:
     _tables = tomllib.load(_file)
 TABLE_METHODS: dict[str, Row] = _tables["methods"]
+TABLE_CALIBRATION: Row = _tables["calibration"]
 TABLES: dict[str, dict[str, float]] = _tables["perplexity"]
 
 FAILURES = (ModelError, NybbleError, MemoryError, OSError, RuntimeError)  # PyTorch's lack of memory: the last
@@ -78,7 +80,11 @@ def compare(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def table(options: argparse.Namespace) -> Iterator[Row]:
-    """Every row of the papers' models; one that is not run says why."""
+    """Every row of the papers' models; one that is not run says why. Raises `UsageError`."""
+    if options.calibration is None:
+        raise UsageError(
+            "--table needs --calibration FILE: without one a model is held whole to write a text"
+        )
     print(f"{'model':12} {'method':12} {'to beat':>8} {'ours':>8}")
     for model, figures in TABLES.items():
         held = weights_of(model, options.weights)
@@ -90,7 +96,7 @@ def table(options: argparse.Namespace) -> Iterator[Row]:
                 row = (
                     subject.unquantized()
                     if method == "none"
-                    else subject.quantized(subject.scheme({"method": method} | settings))
+                    else subject.quantized(subject.scheme({"method": method} | TABLE_CALIBRATION | settings))
                 )
             except FAILURES as error:
                 print(f"{head} {not_run(error)}", flush=True)
@@ -139,7 +145,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", nargs="+", type=int, default=[64, 32])
     parser.add_argument("--folder", nargs="*", type=Path, default=[], help="quantized by whatever program")
-    parser.add_argument("--calibration", help=".txt or .jsonl; else text of the model itself")
+    parser.add_argument(
+        "--calibration", help=".txt or .jsonl, as --table needs; else text of the model itself"
+    )
     parser.add_argument(
         "--set",
         nargs="+",

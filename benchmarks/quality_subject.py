@@ -11,8 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from originals import as_safetensors
+
 from nybble.commands.eval import warn_of_overlap
 from nybble.config import ServeConfig
+from nybble.engine.bandwidth import available_memory
 from nybble.evaluation.evaluation import Result, evaluate, open_model, open_streamed
 from nybble.evaluation.material import Choice, gather
 from nybble.evaluation.model import Model
@@ -23,6 +26,7 @@ from nybble_models.hub import fetch, name_of
 from nybble_quantizers import papers
 from nybble_quantizers.calibrate import refuse_overlap
 from nybble_quantizers.corpus import locate
+from nybble_quantizers.estimate import resident
 from nybble_quantizers.journal import fingerprint, key_of
 from nybble_quantizers.pipeline import quantize
 from nybble_quantizers.scheme import Scheme
@@ -38,7 +42,7 @@ class Subject:
     def __init__(self, model: str, options: argparse.Namespace) -> None:
         self.options = options
         cache = self._config("").cache_path
-        self.source = fetch(model, cache)
+        self.source = as_safetensors(fetch(model, cache), cache)
         self.text = options.text or fetch_wikitext(cache)
         if options.calibration:  # here, as a kept model may have been judged by another text
             refuse_overlap(locate(options.calibration), self.text)
@@ -106,7 +110,8 @@ class Subject:
         with tempfile.TemporaryDirectory(prefix=".quality-", dir=parent) as fleeting:
             target = parent / self._name(scheme) if self.options.keep else Path(fleeting) / "model"
             if not target.exists():
-                quantize(self.source, target, scheme, calibration=self.options.calibration)
+                budget = available_memory() + resident()
+                quantize(self.source, target, scheme, calibration=self.options.calibration, memory=budget)
             yield target
 
     def _name(self, scheme: Scheme) -> str:

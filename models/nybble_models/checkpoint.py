@@ -31,7 +31,8 @@ class Checkpoint:
         listing = self.directory / INDEX
         if listing.exists():
             entries = read_json(listing).get("weight_map", {})
-            return {name: self._shard_path(str(file)) for name, file in entries.items()}
+            shards = {str(file): self._shard_path(str(file)) for file in set(entries.values())}
+            return {name: shards[str(file)] for name, file in entries.items()}
         single = self.directory / "model.safetensors"
         others = sorted(self.directory.glob("*.safetensors"))
         if not single.exists() and len(others) == 1:
@@ -49,6 +50,8 @@ class Checkpoint:
                 f"model.safetensors.index.json names {file!r}, which is outside the folder",
                 hint="shards must lie beside their index",
             )
+        if not (self.directory / file).exists():
+            raise _missing(self.directory / file)
         return self.directory / file
 
     def _open(self, path: Path) -> Any:
@@ -56,7 +59,7 @@ class Checkpoint:
             try:
                 self._shards[path] = safe_open(path, framework="pt")
             except FileNotFoundError:
-                raise BrokenCheckpoint(f"{path} is missing", hint="download the checkpoint again") from None
+                raise _missing(path) from None
             except SafetensorError as error:
                 raise BrokenCheckpoint(
                     f"{path} is not a whole safetensors file ({error})", hint="download the file again"
@@ -110,6 +113,10 @@ def read_config(directory: Path) -> dict[str, Any]:
             said = {RENAMED.get(key, key): value for key, value in read_json(directory / name).items()}
             config["quantization_config"] = {"quant_method": method} | said
     return config
+
+
+def _missing(path: Path) -> BrokenCheckpoint:
+    return BrokenCheckpoint(f"{path} is missing", hint="download the checkpoint again")
 
 
 def read_json(path: Path) -> dict[str, Any]:

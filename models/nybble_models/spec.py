@@ -97,3 +97,11 @@ class ModelSpec:
         head = 0 if self.tied_head else self.vocab_size * self.hidden_size
         learned = self.max_positions * self.hidden_size if self.positions == "learned" else 0
         return self.num_layers * block + self.vocab_size * self.hidden_size + head + learned
+
+    @property
+    def vectors(self) -> int:
+        """Numbers of norms and biases."""
+        norm = self.hidden_size * (2 if self.norm == "layer" else 1)
+        biases = sum(self.shape(p)[0] for p in self.projections if self.has_bias(p))
+        block = 2 * norm + (2 * self.head_dim if self.qk_norm else 0) + biases
+        return self.num_layers * block + norm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from nybble_models.errors import ModelError
 from nybble_quantizers import overlap
 from nybble_quantizers.hessian import hessian
 from nybble_quantizers.workers import Map, in_turn
+
+log = logging.getLogger("nybble.quantize")
 
 SCARCE = 4  # a file with fewer than 1 / SCARCE of the windows asked for is refused
 
@@ -56,6 +59,8 @@ def read_windows(path: Path, tokenizer: Tokenizer, samples: int, length: int, se
             f"{path} holds {len(ids):,} tokens: too short for {samples} windows of {length}",
             hint=f"give at least {max(1, -(-samples // SCARCE)) * length:,} tokens, or ask for fewer samples",
         )
+    if found < samples:
+        log.warning("%s has %d windows of %d tokens, %d were asked for", path, found, length, samples)
     windows = torch.tensor(ids[: found * length], dtype=torch.int64).view(found, length)
     chosen = torch.randperm(found, generator=torch.Generator().manual_seed(seed))[:samples]
     drawn = windows[chosen.sort().values]

@@ -51,10 +51,11 @@ PROMPTS = (
 def canary_of(loader: Loader, source: Path) -> Canary | None:
     """None for a model without a tokenizer: nobody could send it a prompt."""
     try:
-        return Canary(loader, load_tokenizer(source))
+        tokenizer = load_tokenizer(source)
     except ModelError as error:
         log.warning("no canary is written: %s", error)
         return None
+    return Canary(loader, tokenizer)
 
 
 class Canary:

@@ -18,7 +18,7 @@ from nybble_models.spec import ModelSpec
 from nybble_quantizers import mixed, sensitivity
 from nybble_quantizers.override import apply, parse_override
 from nybble_quantizers.scheme import Scheme
-from nybble_quantizers.selection import EIGHT, linear_names
+from nybble_quantizers.selection import EIGHT, SPARE, Selection, linear_names
 from nybble_quantizers.units import Unit, block_units, by_name, end_units
 from nybble_quantizers.workers import Map, in_turn
 
@@ -26,6 +26,7 @@ log = logging.getLogger("nybble.quantize")
 
 GROUPS = (32, 16, CHANNEL)  # where inputs are no multiple of the scheme's group
 WINDOWS = 4  # more choose no better: on SmolLM2-135M the sums of eight and of four agree within 1 %
+SHAPE = 16  # bytes in which compressed-tensors says the shape of a linear
 END_WIDTHS = (4, 6, 8)  # of an embedding or a head: a level of 3 bits in a row of a vocabulary is noise
 
 Chosen = Mapping[Unit, Form | None]
@@ -93,7 +94,12 @@ def _skipped(unit: Unit, scheme: Scheme, family: Family) -> bool:
 
 
 def choose(
-    loader: Loader, scheme: Scheme, tokens: Tensor, seed: int, run: Map = in_turn
+    loader: Loader,
+    scheme: Scheme,
+    tokens: Tensor,
+    seed: int,
+    run: Map = in_turn,
+    heard: sensitivity.Heard = lambda done, total: None,
 ) -> dict[str, Form | None]:
     """The forms of the units by full name, such that their bytes meet the scheme's target.
 
@@ -106,7 +112,7 @@ def choose(
         scheme, spec, family, fixed, _named(scheme, spec, family, tuple(fixed), scheme.form or Form())
     )
     budget = _budget(scheme, spec, tuple(menus))
-    costs = sensitivity.measure(loader, tokens[:WINDOWS], menus, seed, run)
+    costs = sensitivity.measure(loader, tokens[:WINDOWS], menus, seed, run, heard)
     found = mixed.allocate(costs, mixed.sizes(spec, menus), budget)
     total = sum(costs[unit][form] for unit, form in found.items())
     log.info("target: %.2f bits a weight, expected KL %.4f", mixed.bits_of(spec, found), total)
@@ -138,10 +144,31 @@ def _check_target(scheme: Scheme, spec: ModelSpec, menus: Mapping[Unit, list[For
         )
 
 
+def foreseen(selection: Selection, scheme: Scheme, spec: ModelSpec) -> Selection:
+    """Before a target's forms are chosen: with the bytes that they will take."""
+    if not scheme.mixes:
+        return selection
+    units = (*block_units(spec), *(end_units(spec) if scheme.ends else ()))
+    nbytes = _rest(spec, units) + _budget(scheme, spec, units) + SPARE
+    return replace(selection, nbytes=nbytes)
+
+
 def _budget(scheme: Scheme, spec: ModelSpec, units: Sequence[Unit]) -> int:
-    if scheme.target_bytes is not None:
-        return scheme.target_bytes
-    return mixed.byte_budget(scheme.target_bits or 16, spec, units)
+    """Bytes for the units: a target of bits is theirs alone, one of bytes is that of all weights."""
+    if scheme.target_bytes is None:
+        return mixed.byte_budget(scheme.target_bits or 16, spec, units)
+    rest = _rest(spec, units) + SHAPE * sum(len(unit.parts) for unit in units)
+    if rest >= scheme.target_bytes:
+        raise ModelError(
+            f"{scheme.target_bytes:,} bytes are too few: what is not rounded takes {rest:,}",
+            hint="raise the target" + ("" if scheme.ends else ", or --embeddings rounds those too"),
+        )
+    return scheme.target_bytes - rest
+
+
+def _rest(spec: ModelSpec, units: Sequence[Unit]) -> int:
+    """Bytes of what no unit holds: matrices at 16 bits, norms and biases at 32."""
+    return 2 * spec.parameters - sum(unit.nbytes(spec, None) for unit in units) + 4 * spec.vectors
 
 
 def _menu(unit: Unit, spec: ModelSpec, scheme: Scheme, form: Form | None) -> list[Form | None]:

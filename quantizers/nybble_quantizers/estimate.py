@@ -199,8 +199,17 @@ class _Work:
         }
 
     def _tune(self) -> dict[str, int]:
-        whole = self.block * self.spec.num_layers
-        return {"the whole model": FLOAT * 2 * whole, "embedding and head": FLOAT * self.table * 2}
+        from nybble_quantizers.distill import END_TO_END
+
+        spec, together = self.spec, min(END_TO_END.batch, self.windows) * self.length
+        kept = (spec.num_layers + 1) * together * spec.hidden_size
+        return {
+            "the whole model": FLOAT * 2 * self.block * spec.num_layers,
+            "embedding and head": FLOAT * self.table * 2,
+            "states and what they are to be": FLOAT * 2 * self.text * spec.hidden_size,
+            "states before all blocks": FLOAT * kept,
+            "predictions": FLOAT * 5 * min(self.threads, self.windows) * self.length * spec.vocab_size,
+        }
 
     def seconds(self, rate: float) -> dict[str, float]:
         """By stage, from operations and from costs per weight. rate: operations a second of one thread."""

@@ -22,17 +22,17 @@ _FRONT_MATTER = re.compile(r"---\s*\n(.*?)\n---\s*(\n|$)", re.DOTALL)
 Origin = dict[str, str | list[str]]
 
 
-def origin(source: Path) -> Origin:
-    """`base_model` where the source lies in the hub's cache, and `FACTS` of its model card or GGUF head.
+def origin(source: Path, base_model: str | None = None) -> Origin:
+    """`base_model` as given, or where the source lies in the hub's cache; `FACTS` of its card or GGUF head.
 
     What is not said is left out. `license_name` and `license_link` go with the licence "other".
     """
     said = _of_gguf(source) if source.is_file() else _of_card(source / "README.md")
     found = {key: said[key] for key in FACTS if _is_text(said.get(key))}
     matches = [match for part in source.absolute().parts if (match := _CACHED.fullmatch(part))]
-    if matches:
-        found = {"base_model": f"{matches[-1]['owner']}/{matches[-1]['name']}", **found}
-    return found
+    if base_model is None and matches:
+        base_model = f"{matches[-1]['owner']}/{matches[-1]['name']}"
+    return found if base_model is None else {"base_model": base_model, **found}
 
 
 def copy_licence(source: Path, folder: Path) -> None:

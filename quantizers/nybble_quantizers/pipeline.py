@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +23,7 @@ from nybble_quantizers.assembly import assemble, config_of
 from nybble_quantizers.block import Finding
 from nybble_quantizers.calibrate import Calibration, refuse_overlap
 from nybble_quantizers.canary import Canary, canary_of
-from nybble_quantizers.choosing import choose, said
+from nybble_quantizers.choosing import choose, foreseen, said
 from nybble_quantizers.corpus import locate
 from nybble_quantizers.device import Name, device_named, facts, moved, too_small, working_on
 from nybble_quantizers.estimate import Estimate, estimate, measured_rate
@@ -41,6 +44,9 @@ from nybble_quantizers.writer import ModelWriter
 
 log = logging.getLogger("nybble.quantize")
 
+Rounded = tuple[Block, Block, dict[str, Finding]]
+"""What was rounded, what it became, and what was found."""
+
 
 @torch.inference_mode()
 def quantize(
@@ -55,6 +61,7 @@ def quantize(
     command: str = "",
     memory: int | None = None,
     device: Name = "cpu",
+    base_model: str | None = None,
 ) -> QuantReport:
     """Write `source` (a folder or a .gguf file), quantized by `scheme`, as the new folder `out`.
 
@@ -62,7 +69,8 @@ def quantize(
     `evaluation` is refused. The same arguments make the same bytes, also where a run was killed and the same
     arguments are given again: finished blocks are kept beside `out`. `memory` bytes are kept to, by what is
     estimated: the text's states go to files where they do not fit, which changes no byte. Another `device`
-    makes other last bits, and `memory` is the GPU's there. Raises `ModelError` in one line, and then nothing
+    makes other last bits, and `memory` is the GPU's there. `base_model`: the source's id on the hub, for the
+    card, where it does not lie in the hub's cache. Raises `ModelError` in one line, and then nothing
     is left behind, but for what is finished where the disk is full.
     """
     task = Task(
@@ -73,6 +81,7 @@ def quantize(
         seed=seed,
         memory=memory,
         device=device_named(device),
+        base_model=base_model,
     )
     run = _Run(task, progress or (lambda event: None))
     run.check()
@@ -112,7 +121,8 @@ class _Run:
             raise ModelError(f"{task.source} is quantized already", hint="quantize the original model")
         spec, family, container = self.loader.spec, self.loader.family, self.scheme.container
         wanted = by_name(family, said(self.scheme, spec, family))
-        self.selection: Selection = select(spec, family, self.scheme, container, wanted)
+        usual = select(spec, family, self.scheme, container, wanted)
+        self.selection: Selection = foreseen(usual, self.scheme, spec)
         self.writer = ModelWriter(family, container)
         self.estimate = self.foreseen()
         skipped = self.selection.skipped
@@ -170,7 +180,7 @@ class _Run:
             bits_per_weight=8 * sum(sizes.values()) / loader.spec.parameters,
             skipped=self.selection.skipped,
             layers=tuple(layers),
-            origin=origin(source),
+            origin=origin(source, self.task.base_model),
         )
 
     def _calibration(self, journal: Journal, run: Map) -> Calibration | None:
@@ -189,8 +199,13 @@ class _Run:
         """The forms that meet the target."""
         forms = journal.forms()
         if forms is None:
-            self.tell(QuantizeProgress("choose", 0, 1))
-            forms = choose(self.placed, self.scheme, calibration.tokens, self.task.seed, run)
+            started = time.monotonic()
+
+            def heard(done: int, total: int) -> None:
+                left = (time.monotonic() - started) / done * (total - done)
+                self.tell(QuantizeProgress("choose", done, total, left))
+
+            forms = choose(self.placed, self.scheme, calibration.tokens, self.task.seed, run, heard)
             journal.keep_forms(forms)
         return select(self.loader.spec, self.loader.family, self.scheme, self.scheme.container, forms)
 
@@ -211,9 +226,7 @@ class _Run:
         started = time.monotonic()
         for layer in range(first, total):
             block, forms = read_block(self.placed, layer), self.selection.forms[layer]
-            folded, quantized, findings = self._rounded(layer, block, stream)
-            if canary is not None:
-                canary.advance(layer, block, run)
+            folded, quantized, findings = self._passed(layer, block, stream, canary, run)
             reports = block_reports(self._names(layer), forms, folded, quantized, findings)
             states = {name: state for each in passing for name, state in each.kept().items()}
             if self.scheme.best:
@@ -224,10 +237,21 @@ class _Run:
             left = (time.monotonic() - started) / (layer + 1 - first) * (total - layer - 1)
             self.tell(QuantizeProgress("quantize", layer + 1, total, left, tuple(reports)))
 
-    def _rounded(
-        self, layer: int, block: Block, stream: Stream | None
-    ) -> tuple[Block, Block, dict[str, Finding]]:
-        """(what was rounded, what it became, what was found) of a block."""
+    def _passed(
+        self, layer: int, block: Block, stream: Stream | None, canary: Canary | None, run: Map
+    ) -> Rounded:
+        """A block rounded and the canary past it, at the same time where rounding keeps one core busy."""
+        rounding = partial(self._rounded, layer, block, stream)
+        if canary is None:
+            return rounding()
+        if stream is not None:
+            canary.advance(layer, block, run)
+            return rounding()
+        pieces: tuple[Callable[[], Any], ...] = rounding, partial(canary.advance, layer, block)
+        found: Rounded = run(_call, pieces)[0]
+        return found
+
+    def _rounded(self, layer: int, block: Block, stream: Stream | None) -> Rounded:
         forms = self.selection.forms[layer]
         with naming(f"layer {layer}"):
             if stream is not None:
@@ -244,8 +268,12 @@ class _Run:
         if journal.taught(self.loader.spec.num_layers):
             return
         steps, seed, config = self.scheme.steps, self.task.seed, self._config()
-        made = teaching.teach(self.placed, journal, config, calibration, steps, seed, run, self.tell)
-        teaching.keep(self.loader, journal, self.writer, self.selection.forms, made)
+        made, noises = teaching.teach(self.placed, journal, config, calibration, steps, seed, run, self.tell)
+        teaching.keep(self.loader, journal, self.writer, self.selection.forms, made, noises)
 
     def _config(self) -> dict[str, object]:
         return config_of(self.loader, self.scheme, self.selection)
+
+
+def _call(piece: Callable[[], Any]) -> Any:
+    return piece()

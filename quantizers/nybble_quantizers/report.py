@@ -26,7 +26,7 @@ Stage = Literal["calibrate", "choose", "quantize", "tune", "write"]
 
 @dataclass(frozen=True, slots=True)
 class QuantizeProgress:
-    """`done` of `total`: positions while calibrating, blocks while quantizing, shards while writing.
+    """`done` of `total`: positions while calibrating, blocks passed while choosing, blocks while quantizing.
 
     `layers` tells of the linears of the block that was just done.
     """

@@ -48,11 +48,20 @@ R = TypeVar("R")
 
 Candidates = Mapping[Unit, Sequence[Form | None]]
 
+Heard = Callable[[int, int], None]
+"""`heard(done, total)`, in blocks passed."""
+
 ROWS = 256  # positions whose logits are held at a time
+BACK = 4  # times as long as forward takes a block backward, with its candidates (SmolLM2-135M)
 
 
 def measure(
-    loader: Loader, tokens: Tensor, candidates: Candidates, seed: int = 0, run: Map = in_turn
+    loader: Loader,
+    tokens: Tensor,
+    candidates: Candidates,
+    seed: int = 0,
+    run: Map = in_turn,
+    heard: Heard = lambda done, total: None,
 ) -> dict[Unit, dict[Form | None, float]]:
     """Nats a token by which each form of each unit moves the model away from the unquantized one.
 
@@ -62,11 +71,14 @@ def measure(
     16 bits cost nothing, and rounded inputs are not counted.
     """
     with torch.inference_mode(False):
-        return _Measurement(loader, tokens.clone(), candidates, run).costs(seed)
+        return _Measurement(loader, tokens.clone(), candidates, run, heard).costs(seed)
 
 
 class _Measurement:
-    def __init__(self, loader: Loader, tokens: Tensor, candidates: Candidates, run: Map) -> None:
+    def __init__(
+        self, loader: Loader, tokens: Tensor, candidates: Candidates, run: Map, heard: Heard
+    ) -> None:
+        self.heard = heard
         self.loader = loader
         self.tokens = tokens
         self.candidates = candidates
@@ -86,8 +98,10 @@ class _Measurement:
         last = states.pop()
         found = {unit: dict.fromkeys(forms, 0.0) for unit, forms in self.candidates.items()}
         slopes = self._map(self._slope, [(seed << 20 | i, state) for i, state in enumerate(last)])
-        for layer in reversed(range(len(states))):
+        count = len(states)
+        for layer in reversed(range(count)):
             slopes = self._back(layer, states.pop(), slopes, found)
+            self.heard(BACK * (count - layer) + count, (BACK + 1) * count)
         for unit in (unit for unit in found if unit.layer is None):
             for form in (form for form in found[unit] if form is not None):
                 found[unit][form] = self._end(unit, form, last, slopes)
@@ -109,6 +123,7 @@ class _Measurement:
             self.decoder.weights.blocks[layer] = read_block(self.loader, layer)
             states.append(self._map(torch.no_grad()(lambda x, i=layer: self._block(i, x)), states[-1]))
             self.decoder.weights.blocks[layer] = Block()
+            self.heard(layer + 1, (BACK + 1) * self.decoder.spec.num_layers)
         return states
 
     def _block(self, layer: int, x: Tensor) -> Tensor:

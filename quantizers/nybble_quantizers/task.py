@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nybble_quantizers.journal import fingerprint, key_of
 from nybble_quantizers.scheme import Scheme
 
 LAST_SEED = 2**31 - 1
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +29,13 @@ class Task:
     seed: int = 0
     memory: int | None = None
     device: torch.device = CPU
+    base_model: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LAST_SEED:
             raise ModelError(f"seed is {self.seed}", hint=f"give 0 to {LAST_SEED}")
+        if self.base_model is not None and not HUB_ID.fullmatch(self.base_model):
+            raise ModelError(f"{self.base_model!r} is no id of the hub", hint="as meta-llama/Llama-3.2-1B")
 
     @property
     def key(self) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from nybble_models.errors import ModelError
 from nybble_quantizers.pipeline import quantize
 from nybble_quantizers.scheme import Scheme
 from support_checkpoint import write_checkpoint
+from support_originals import write_new, write_original
 
 TEXT = "All happy families are alike; each unhappy family is unhappy in its own way. " * 8
 Run = Callable[..., list[dict[str, Any]]]
@@ -95,8 +97,7 @@ def test_a_table_says_what_was_not_run(
     monkeypatch.setitem(quality.TABLE_METHODS, "awq", {"bits": 1})  # stands for what cannot be made
     monkeypatch.setitem(quality.TABLE_METHODS, "gptq", {"bits": 4, "group_size": 32})
     write_checkpoint(tmp_path / "weights" / "OPT-1.3B", "opt", group_size=None)
-    small = ("--set", "samples=1", "length=16")
-    rows = run("--table", "--weights", str(tmp_path / "weights"), *small, "--windows", "1")
+    rows = run("--table", "--weights", str(tmp_path / "weights"), *small(tmp_path), "--windows", "1")
     assert [(row["table"], row["method"], row["to_beat"]) for row in rows[:2]] == [
         ("opt-1.3b", "none", 14.63),
         ("opt-1.3b", "gptq", 16.15),
@@ -108,9 +109,81 @@ def test_a_table_says_what_was_not_run(
     assert all("has no folder opt-2.7b" in line for line in lines[4:8])
 
 
-def test_a_table_without_weights_runs_nothing(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--table") == []
+@pytest.mark.parametrize("engine", ["reference", "serve"])
+def test_a_table_runs_originals_as_their_copies(
+    run: Run, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pickled shards and a tokenizer in parts, in every row and by every way to serve."""
+    import quality
+
+    for method in ("gptq", "awq"):
+        monkeypatch.setitem(quality.TABLE_METHODS, method, {"bits": 4, "group_size": 32})
+    new = write_new(tmp_path / "weights" / "opt-1.3b")
+    write_original(new, tmp_path / "weights" / "opt-2.7b")
+    write_original(new, tmp_path / "weights" / "opt-6.7b", files=2, prefix="model.")
+    asked = ("--table", "--weights", str(tmp_path / "weights"), *small(tmp_path), "--windows", "1")
+    rows = run(*asked, "--engine", engine)
+    measured = [(row["method"], row["perplexity"]) for row in rows]
+    assert [method for method, _ in measured] == ["none", "gptq", "awq", "smoothquant"] * 3
+    assert measured[:4] == measured[4:8] == measured[8:]
+
+
+def test_a_table_takes_the_text_and_the_memory_that_are_there(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As much text as the paper's; a row that does not fit is not run."""
+    import quality_subject
+
+    asked: list[tuple[Scheme, str, int]] = []
+
+    def record(source: Path, out: Path, scheme: Scheme, *, calibration: str, memory: int) -> None:
+        asked.append((scheme, calibration, memory))
+        raise ModelError("recorded")
+
+    monkeypatch.setattr(quality_subject, "quantize", record)
+    monkeypatch.setattr(quality_subject, "available_memory", lambda: 3 << 30)
+    monkeypatch.setattr(quality_subject, "resident", lambda: 1 << 30)
+    write_checkpoint(tmp_path / "weights" / "opt-1.3b", "opt", group_size=None)
+    calibration = small(tmp_path)[:2]
+    run("--table", "--weights", str(tmp_path / "weights"), *calibration, "--windows", "1")
+    run("--table", "--weights", str(tmp_path / "weights"), *small(tmp_path), "--windows", "1")
+    assert [(scheme.samples, scheme.length) for scheme, _, _ in asked] == [(128, 2048)] * 3 + [(1, 16)] * 3
+    assert {(text, memory) for _, text, memory in asked} == {(calibration[1], 4 << 30)}
+
+
+def test_a_row_that_memory_does_not_hold_is_not_run(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import quality_subject
+
+    monkeypatch.setattr(quality_subject, "available_memory", lambda: 0)
+    monkeypatch.setattr(quality_subject, "resident", lambda: 1 << 20)
+    write_checkpoint(tmp_path / "weights" / "opt-1.3b", "opt", group_size=None)
+    rows = run("--table", "--weights", str(tmp_path / "weights"), *small(tmp_path), "--windows", "1")
+    assert [row["method"] for row in rows] == ["none"]
+    line = capsys.readouterr().out.splitlines()[4]
+    assert line.split()[1:5] == ["smoothquant", "14.820", "not", "run:"] and "1 MiB may be used" in line
+
+
+def small(folder: Path) -> tuple[str, ...]:
+    """A calibration text of a few words, and as few of them."""
+    (folder / "few.txt").write_text("Some text without any relation to the one that judges. " * 40)
+    return "--calibration", str(folder / "few.txt"), "--set", "samples=1", "length=16"
+
+
+def test_a_table_without_weights_runs_nothing(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--table", *small(tmp_path)) == []
     assert all("not run: no --weights" in line for line in capsys.readouterr().out.splitlines()[1:])
+
+
+def test_a_table_needs_a_calibration_text(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^error: --table needs --calibration FILE: [^\n]*$"):
+        run("--table", "--weights", str(tmp_path))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["--text", "WikiText-2"])

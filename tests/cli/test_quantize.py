@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nybble.cli import main
 from nybble.commands.dry_run import table
@@ -250,13 +250,56 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_calibration_text_that_judges_is_refused(
     tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = " ".join(f"word{number}" for number in range(60))
+    words = " ".join(f"word{number}" for number in range(600))
     for name in ("calib.txt", "judge.txt"):
         (tmp_path / name).write_text(f"{name} {words}")
     flags = ["--calibration", str(tmp_path / "calib.txt"), "--evaluation", str(tmp_path / "judge.txt")]
     assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *SMALL, *flags]) != 0
     assert "share 1 runs" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_one_command_quantizes_and_measures(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "judge.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    flags = ["--evaluation", str(tmp_path / "judge.txt"), "--method", "rtn", *SMALL]
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *flags]) == 0
+    assert "perplexity" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "quant_report.json").read_text())["evaluation"]
+    assert found["perplexity"] > 1 and found["kl_divergence"] > 0 and 0 < found["top1_agreement"] <= 1
+    assert "top-1 agreement" in (tmp_path / "out" / "README.md").read_text()
+    assert main(["verify", str(tmp_path / "out")]) == 0
+
+
+def test_a_judging_text_that_is_too_short_is_refused_before_anything_is_made(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "judge.txt").write_text("brief")
+    flags = ["--evaluation", str(tmp_path / "judge.txt"), "--method", "rtn", *SMALL]
+    assert main(["quantize", str(source), "-o", str(tmp_path / "out"), *flags]) == 2
+    assert "too short" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_shard_is_one_line(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(source / "model.safetensors")
+    files = {name: f"model-0000{1 + ('layers.2' in name)}-of-00002.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: t for name, t in tensors.items() if files[name] == file}, source / file)
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    for file in ("model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"):
+        (source / file).rename(tmp_path / "away")
+        assert main(["quantize", str(source), "-o", str(tmp_path / "out"), "--method", "rtn", *SMALL]) != 0
+        assert capsys.readouterr().err.splitlines() == [
+            f"error: {source / file} is missing",
+            "hint: download the checkpoint again",
+        ]
+        (tmp_path / "away").rename(source / file)
+    assert {f.name for f in tmp_path.iterdir()} == {"plain"}
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq"])

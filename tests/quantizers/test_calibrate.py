@@ -46,6 +46,17 @@ def test_a_seed_decides_which_windows(tmp_path: Path, tokenizer: Tokenizer) -> N
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+def test_fewer_windows_than_were_asked_for_are_told(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("abcdefgh" * 20)
+    assert len(read_windows(path, tokenizer, 10, 16, 0).tokens) == 10
+    assert not caplog.messages
+    assert len(read_windows(path, tokenizer, 12, 16, 0).tokens) == 10
+    assert caplog.messages == [f"{path} has 10 windows of 16 tokens, 12 were asked for"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [

@@ -10,11 +10,14 @@ import gguf
 import pytest
 import yaml
 
-from nybble_models.errors import BrokenCheckpoint
+from nybble_models.errors import BrokenCheckpoint, ModelError
 from nybble_quantizers import card, papers, sums
 from nybble_quantizers.origin import copy_licence, origin
+from nybble_quantizers.pipeline import quantize
 from nybble_quantizers.quality_report.page import page
 from nybble_quantizers.quality_report.record import read
+from nybble_quantizers.scheme import Scheme
+from support_checkpoint import write_checkpoint
 from support_papers import EVALUATION, with_papers
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -39,6 +42,17 @@ def test_the_hub_finds_what_it_looks_for(tmp_path: Path) -> None:
         "pipeline_tag": "text-generation",
         "tags": ["nybble", "rtn", "awq", "4-bit"],
     }
+
+
+def test_a_source_outside_the_hubs_cache_is_named_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    source = write_checkpoint(tmp_path / "plain", group_size=None)
+    scheme = Scheme(method="rtn", group_size=32)
+    with pytest.raises(ModelError, match="is no id of the hub"):
+        quantize(source, tmp_path / "out", scheme, base_model="../plain/x")
+    quantize(source, tmp_path / "out", scheme, base_model="owner/name")
+    matter = front_matter(tmp_path / "out")
+    assert (matter["base_model"], matter["base_model_relation"]) == ("owner/name", "quantized")
 
 
 def test_what_is_not_known_is_not_said(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from nybble_kernels.quantized import QuantizedTensor
 from nybble_models.checkpoint import Checkpoint
@@ -94,11 +95,18 @@ def test_an_override_stands_beside_a_target(tmp_path: Path, source: Path) -> Non
 
 
 def test_a_target_of_bytes(tmp_path: Path, source: Path) -> None:
-    report = quantize(source, tmp_path / "out", replace(RTN, target_bytes=60_000))
-    assert sum(row.bytes for row in report.layers) <= 60_000
-    with pytest.raises(ModelError, match="too few"):
-        quantize(source, tmp_path / "no", replace(RTN, target_bytes=6_000))
-    assert not (tmp_path / "no").exists()
+    """Of all that is stored, what is not rounded included."""
+    report = quantize(source, tmp_path / "out", replace(RTN, target_bytes=105_000))
+    tensors = load_file(tmp_path / "out" / "model.safetensors").values()
+    stored = sum(tensor.nbytes for tensor in tensors)
+    assert stored == sum(report.bytes.values())
+    assert 0.95 * 105_000 < stored <= 105_000
+    smaller = quantize(source, tmp_path / "ends", replace(RTN, target_bytes=70_000, ends=True))
+    assert 0.95 * 70_000 < sum(smaller.bytes.values()) <= 70_000
+    for target, complaint in ((60_000, "the smallest forms take"), (6_000, "what is not rounded takes")):
+        with pytest.raises(ModelError, match=complaint):
+            quantize(source, tmp_path / "no", replace(RTN, target_bytes=target))
+        assert not (tmp_path / "no").exists()
 
 
 def test_a_choice_that_was_interrupted_is_not_made_again(

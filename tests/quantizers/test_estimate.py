@@ -16,7 +16,7 @@ from nybble_models.families import FAMILIES
 from nybble_quantizers.estimate import Estimate, estimate
 from nybble_quantizers.pipeline import foresee, quantize
 from nybble_quantizers.scheme import Scheme
-from nybble_quantizers.selection import select
+from nybble_quantizers.selection import SPARE, select
 from support_checkpoint import write_checkpoint
 from support_process import environment
 from support_tiny import tiny_spec
@@ -153,3 +153,13 @@ def test_targets_and_tuning_count(small: Path) -> None:
     best = foresee(small, replace(SMALL, best=True), calibration="x")
     assert set(mixed.seconds) - set(plain.seconds) == {"choose"}
     assert set(best.seconds) - set(plain.seconds) == {"tune"} and best.journal > plain.journal
+
+
+def test_a_target_is_what_will_be_written(tmp_path: Path, small: Path) -> None:
+    scheme = replace(SMALL, method="rtn", format="compressed-tensors")
+    said = {bits: foresee(small, replace(scheme, target_bits=bits), calibration="x") for bits in (5.0, 8.0)}
+    assert said[5.0].bits < said[8.0].bits and said[5.0].disk < said[8.0].disk
+    for bits, found in said.items():
+        report = quantize(small, tmp_path / f"{bits}", replace(scheme, target_bits=bits))
+        written = sum(report.bytes.values())
+        assert 0.9 * written < found.written - SPARE < 1.1 * written

@@ -20,7 +20,6 @@ from nybble_models.loader import Loader
 from nybble_models.window import Window
 from nybble_quantizers import awq, clipping, gptq, rtn
 from nybble_quantizers.gptq import DAMP, Order
-from nybble_quantizers.hessian import hessian, lack
 from nybble_quantizers.pipeline import quantize
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.sequential import Passage
@@ -233,27 +232,6 @@ def test_what_no_scale_can_hold_is_refused() -> None:
         gptq.gptq(weight, correlated(32), 4, 16)
 
 
-def test_the_hessian_is_the_sum_over_windows() -> None:
-    windows = [random(7 + i, 12, seed=i) for i in range(19)]
-    joined = torch.cat(windows)
-    assert torch.allclose(hessian(windows), joined.T @ joined, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("width", [12, 300, 520])
-def test_half_of_the_hessian_is_all_of_it(width: int) -> None:
-    windows = [random(40, width, seed=i) for i in range(3)]
-    found, joined = hessian(windows), torch.cat(windows).double()
-    assert torch.equal(found, found.T)
-    assert torch.allclose(found.double(), joined.T @ joined, rtol=1e-4, atol=1e-3)
-
-
-def test_what_outputs_lack_is_summed_over_windows() -> None:
-    wanted, made = ([random(7 + i, 300, seed=seed + i) for i in range(5)] for seed in (0, 20))
-    inputs = [random(7 + i, 12, seed=40 + i) for i in range(5)]
-    expected = (torch.cat(wanted) - torch.cat(made)).T @ torch.cat(inputs)
-    assert torch.allclose(lack(wanted, made, inputs), expected, rtol=1e-4, atol=1e-4)
-
-
 def test_it_beats_awqs_rounding_on_the_same_hessian() -> None:
     weight, gram = random(32, 96), correlated(96)
     narrowed = clipping.search(weight, gram, 4, 32, False, clip=True)
@@ -307,6 +285,16 @@ def test_the_command(tmp_path: Path, source: Path, method: str, capsys: pytest.C
     assert {row["damp"] for row in report["layers"]} == {DAMP}
     assert any(row["ratio"] is not None for row in report["layers"]) == (method == "awq+gptq")
     assert all(row["output_sqnr_db"] > 10 for row in report["layers"])
+
+
+def test_damping_that_has_to_rise_is_told(
+    tmp_path: Path, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two windows of 24 tokens are too few for 64 inputs."""
+    report = quantize(source, tmp_path / "out", replace(SCHEME, samples=2, damp=0.0))
+    raised = [row for row in report.layers if row.damp]
+    assert raised and {row.damp for row in raised} >= {0.01}
+    assert any("layer 0, input of q: damping raised to 0.01" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("method", METHODS)

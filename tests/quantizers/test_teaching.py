@@ -53,6 +53,7 @@ def test_the_model_comes_closer_to_what_it_was(
     assert not torch.equal(made.scales, fast.scales)
     assert report.layers[0].name == "model.layers.0.self_attn.q_proj"
     assert all(0 < row.weight_error < 1 for row in report.layers)
+    assert all(row.output_sqnr_db is not None and 5 < row.output_sqnr_db < 60 for row in report.layers)
 
 
 @pytest.mark.parametrize("stage", ["quantize", "tune"])

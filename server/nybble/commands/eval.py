@@ -116,6 +116,26 @@ def eval(
         put_down(local, record)
 
 
+def judge(folder: Path, base: Path, text: Path, cache_dir: str) -> None:
+    """Measure what was just made of `base`, show it, and put it down in its papers."""
+    from nybble.evaluation import table
+
+    through = Through(cache_dir=cache_dir)
+    config = through.config(str(folder))
+    with display() as shown:
+        record, estimates = _measured(folder, base, Asked(text=text), through, config, shown.update)
+        shown.close()
+    table.show(record, estimates)
+    put_down(folder, record)
+
+
+def check_text(model: Path, text: Path) -> None:
+    """Whether `judge` can use it. Raises `UsageError`."""
+    from nybble.evaluation.material import Choice, gather
+
+    gather(model, Choice(text))
+
+
 def _measured(
     local: Path,
     base: Path | None,

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from nybble import log
 from nybble.commands.dry_run import check as dry_run_of
+from nybble.commands.eval import check_text, judge
 from nybble.commands.recipe import USUAL, Recipe, in_bytes
 from nybble.config import ServeConfig
 from nybble.errors import UsageError
@@ -41,7 +42,8 @@ def quantize(
         Parameter(help=".txt, .jsonl or hf:owner/data-set/file.jsonl; else text of the model itself"),
     ] = None,
     evaluation: Annotated[
-        Path | None, Parameter(help="text that will judge the result: no calibration text may quote it")
+        Path | None,
+        Parameter(help="text that judges the result, for its report; no calibration text may quote it"),
     ] = None,
     seed: Annotated[int, Parameter(help="same seed, same bytes")] = 0,
     device: Annotated[
@@ -57,6 +59,9 @@ def quantize(
     dry_run: Annotated[
         bool, Parameter(help="print memory, disk and time that it will take, and write nothing", negative=())
     ] = False,
+    base_model: Annotated[
+        str | None, Parameter(help="hub id of the source, for the model card; the hub's cache tells it too")
+    ] = None,
     cache_dir: Annotated[str, Parameter(help="where fetched models are kept (default ~/.cache/nybble)")] = "",
 ) -> None:
     """Write a quantized copy of a model. The same command after a crash goes on where it stood."""
@@ -76,15 +81,16 @@ def quantize(
     place = device_named(device)
     room = available_memory() + resident() if place == CPU else free_memory(place)
     budget = room if memory is None else in_bytes(memory)
+    cache = ServeConfig(cache_dir=cache_dir).cache_path
     with display() as shown:
-        local = fetch(
-            source, ServeConfig(cache_dir=cache_dir).cache_path, lambda text: shown.update(text, 0.0)
-        )
+        local = fetch(source, cache, lambda text: shown.update(text, 0.0))
         if dry_run:
             found = foresee(local, wanted, calibration=calibration, memory=budget, device=device)
             shown.close()
             print(dry_run_of(found, budget, output))
             return
+        if evaluation is not None:
+            check_text(local, evaluation)
         report = write(
             local,
             output,
@@ -96,9 +102,12 @@ def quantize(
             command=shlex.join(["nybble", *sys.argv[1:]]),
             memory=budget,
             device=device,
+            base_model=base_model,
         )
         shown.close()
     print(summary(output, report))
+    if evaluation is not None:
+        judge(output, local, evaluation, cache_dir)
 
 
 class Steps:

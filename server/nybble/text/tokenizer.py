@@ -13,6 +13,8 @@ import tokenizers
 
 from nybble.errors import CheckpointError, InvalidRequest
 from nybble.text.template import ChatTemplate
+from nybble_models.errors import ModelError
+from nybble_models.tokenizer import load_tokenizer
 
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -45,15 +47,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
-        path = directory / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(
-                f"{directory}: no tokenizer.json", hint="the folder must hold the model's tokenizer"
-            )
+        """Raises `CheckpointError` in one line."""
         try:
-            core = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as exc:  # the Rust side raises plain Exception
-            raise CheckpointError(f"{path}: not a tokenizer: {exc}") from None
+            core = load_tokenizer(directory)
+        except ModelError as error:
+            raise CheckpointError(str(error), hint=error.hint) from None
         config = _read_json(directory / "tokenizer_config.json")
         return cls(core, config, _read_template(directory, config))
 
