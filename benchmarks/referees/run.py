@@ -3,9 +3,10 @@
     python benchmarks/referees/run.py --env-a DIR --env-b DIR [--save]
 
 Environment A holds GPTQModel, transformers and compressed-tensors, B llm-compressor: `make referees` builds
-both and runs this. A tiny random model is written by us in every format and read by A, then quantized by A
-and B and read by us. The greatest difference between two answers, as a share of their standard deviation,
-must stay within the precision of the reader's kernel; the exit status is 1 where one does not.
+both and runs this. Tiny random models are written by us in every format, by the codecs alone (`ours`) and by
+the whole pipeline (`pipelines`), and read by A, compressed-tensors by B too; then one is quantized by A and B
+and read by us. The greatest difference between two answers, as a share of their standard deviation, must
+stay within the precision of the reader's kernel; the exit status is 1 where one does not.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import ours
-from material import make_model, make_texts
+import pipelines
+from material import CONFIGS, make_model, make_texts
 from safetensors.torch import load_file
 from torch import Tensor
+from write_nybble import by_scheme
 
 from nybble.bench.machine import facts
 
@@ -38,9 +41,13 @@ BY_LLMCOMPRESSOR += " smoothquant-w8a8 rtn-fp8"
 EXACT = 1e-4  # the same float32 arithmetic
 HALVES = 0.02  # float16 sums, or weights that were unpacked to float16
 COARSE = (
-    0.1  # scales as bfloat16, or int8 inputs: a rounding that falls the other way is felt in all that follows
+    0.1  # sums of bfloat16, or 8-bit inputs: one that is rounded the other way is felt in all that follows
 )
 COARSE_KERNELS = ("TorchAtenLinear", "TorchAtenAwqLinear", "TorchFusedLinear")
+
+Case = ours.Case | pipelines.Case
+CASES: Mapping[str, Case] = {**ours.CASES, **pipelines.CASES}
+COMPRESSED = [name for name in CASES if "ct" in name.split("-")]
 
 
 def call(environment: Path, script: str, *arguments: object) -> None:
@@ -65,31 +72,40 @@ def compared(theirs: Tensor, mine: Tensor) -> dict[str, float]:
     }
 
 
-def they_read(work: Path, environment: Path) -> Iterator[dict[str, Any]]:
-    prompts, report = work / "texts.safetensors", work / "read.jsonl"
+def we_write(work: Path) -> None:
+    """Every case into a folder of its name."""
+    for family in CONFIGS:
+        make_model(work / family, family)
+    calibration = load_file(work / "texts.safetensors")["calibration"]
     for name, case in ours.CASES.items():
-        ours.write(work / "model", work / "ours" / name, case)
-    call(environment, "read_transformers.py", prompts, report, *(work / "ours" / name for name in ours.CASES))
+        ours.write(work / "llama", work / "ours" / name, case)
+    for name, made in pipelines.CASES.items():
+        by_scheme(work / made.model, calibration, work / "ours" / name, made.scheme)
+
+
+def they_read(work: Path, environment: Path, script: str, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    prompts, report = work / "texts.safetensors", work / f"{script}.jsonl"
+    call(environment, f"{script}.py", prompts, report, *(work / "ours" / name for name in names))
     for line in report.read_text(encoding="utf8").splitlines():
         row = json.loads(line)
         folder = work / "ours" / row.pop("folder")
-        limit = limit_of(ours.CASES[folder.name], row.get("kernel", ""))
-        found = judged(folder, row["loader"], prompts, limit)
+        limit = limit_of(CASES[folder.name], row.get("kernel", ""), script)
+        found = {} if "error" in row else judged(folder, row["loader"], prompts, limit)
         yield {"direction": "they read", "what": folder.name} | row | found
 
 
-def limit_of(case: ours.Case, kernel: str) -> float:
+def limit_of(case: Case, kernel: str, script: str) -> float:
     """How far an answer may be from ours."""
-    forms = [case.form, *(form for _, form in case.others if form is not None)]
-    if kernel in COARSE_KERNELS or any(form.inputs == "token" for form in forms):
+    if kernel in COARSE_KERNELS or case.rounds:
         return COARSE
-    return EXACT if kernel == "Linear" and all(form.symmetric for form in forms) else HALVES
+    halved = script == "read_transformers" and not all(form.symmetric for form in case.forms)
+    return EXACT if kernel == "Linear" and not halved else HALVES
 
 
 def we_read(work: Path, environment: Path, writer: str, words: str) -> Iterator[dict[str, Any]]:
     recipes, prompts, out = words.split(), work / "texts.safetensors", work / writer
     out.mkdir()
-    call(environment, f"write_{writer}.py", work / "model", prompts, out, *recipes)
+    call(environment, f"write_{writer}.py", work / "llama", prompts, out, *recipes)
     for recipe in recipes:
         row = json.loads((out / f"{recipe}.json").read_text(encoding="utf8"))
         limit = HALVES if writer == "gptqmodel" else COARSE if recipe.endswith(("a8", "fp8")) else EXACT
@@ -117,12 +133,13 @@ def parse() -> argparse.Namespace:
 
 
 def rows(options: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
-    make_model(work / "model")
     make_texts(work / "texts.safetensors")
+    we_write(work)
     if options.env_a:
-        yield from they_read(work, options.env_a)
+        yield from they_read(work, options.env_a, "read_transformers", CASES)
         yield from we_read(work, options.env_a, "gptqmodel", BY_GPTQMODEL)
     if options.env_b:
+        yield from they_read(work, options.env_b, "read_llmcompressor", COMPRESSED)
         yield from we_read(work, options.env_b, "llmcompressor", BY_LLMCOMPRESSOR)
 
 
@@ -130,15 +147,16 @@ def main() -> None:
     options = parse()
     machine, wrong = facts(), 0
     files = [path for path in (options.out, RESULTS if options.save else None) if path]
-    print(f"{'direction':9}  {'checkpoint':21} {'other side':13} {'difference':>10} {'top-1':>6}")
+    print(f"{'direction':9}  {'checkpoint':23} {'other side':19} {'difference':>10} {'top-1':>6}")
     with tempfile.TemporaryDirectory() as folder:
         for row in rows(options, Path(folder)):
             wrong += not row.get("agrees", False)
             verdict = "" if row.get("agrees") else f"  {row.get('error', 'DISAGREES')}"
+            other = f"{row['loader']} {row.get('version', '')}"
             figures = (
                 f"{row.get('difference', float('nan')):10.5f} {row.get('top1_agreement', float('nan')):6.3f}"
             )
-            print(f"{row['direction']:9}  {row['what']:21} {row['loader']:13} {figures}{verdict}", flush=True)
+            print(f"{row['direction']:9}  {row['what']:23} {other:19} {figures}{verdict}", flush=True)
             stamped = {"when": datetime.now(UTC).isoformat(timespec="seconds"), "benchmark": "referees"}
             for path in files:
                 with path.open("a", encoding="utf8") as file:

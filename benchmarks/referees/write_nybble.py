@@ -38,6 +38,12 @@ def scheme(recipe: Recipe, windows: Tensor, widths: list[int]) -> Scheme:
 
 
 def quantize(model: Path, calibration: Tensor, folder: Path, recipe: Recipe) -> None:
+    config = json.loads((model / "config.json").read_text(encoding="utf8"))
+    widths = [config[k] for k in ("hidden_size", "intermediate_size", "ffn_dim") if k in config]
+    by_scheme(model, calibration, folder, scheme(recipe, calibration, widths))
+
+
+def by_scheme(model: Path, calibration: Tensor, folder: Path, scheme: Scheme) -> None:
     """The windows as one document each: packed end to end, they are the same windows again."""
     shutil.rmtree(folder, ignore_errors=True)
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -46,9 +52,7 @@ def quantize(model: Path, calibration: Tensor, folder: Path, recipe: Recipe) -> 
     if [tokenizer.encode(text).ids for text in documents] != calibration.tolist():
         raise ValueError("the windows are not what their text is tokenized to")
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf8")
-    config = json.loads((model / "config.json").read_text(encoding="utf8"))
-    widths = [config[k] for k in ("hidden_size", "intermediate_size", "ffn_dim") if k in config]
-    run(model, folder, scheme(recipe, calibration, widths), calibration=str(texts))
+    run(model, folder, scheme, calibration=str(texts))
 
 
 if __name__ == "__main__":

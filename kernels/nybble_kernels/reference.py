@@ -193,12 +193,13 @@ def embed(
 def quantize(x: Tensor, dtype: torch.dtype, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Codes of rows in int8 or float8_e4m3fn and their scales, x ≈ codes · scale: [T, K] -> [T, K], [T].
 
-    A scale for all saturates what lies beyond it; else each row has its own, max|x| / largest code.
+    A scale for all saturates what lies beyond it, int8 at -128 and 127; else each row has its own, max|x| /
+    largest code.
     """
     if scale is None:
         return quantize_kv(x, dtype)
     limit = KV_CODES[dtype]
-    codes = (x.float() / scale).clamp(-limit, limit)
+    codes = (x.float() / scale).clamp(-128 if dtype == torch.int8 else -limit, limit)
     steps = torch.full((len(x),), scale, device=x.device)
     return (codes.round() if dtype == torch.int8 else codes).to(dtype), steps
 

@@ -191,9 +191,12 @@ class _Work:
         from nybble_quantizers.choosing import WINDOWS
 
         states = (self.spec.num_layers + 1) * min(WINDOWS, self.windows) * self.length * self.spec.hidden_size
-        gradients = self.block * (2 + 4 + self.threads)
+        gradients = self.block * (2 + len(self.scheme.widths) + 2 * self.threads)
+        spec, side_by_side = self.spec, min(self.threads, WINDOWS) * self.length
+        seen = 10 * spec.hidden_size + 5 * self.wide + 3 * spec.num_heads * self.length
         return {
             "one block, gradients and candidates": FLOAT * gradients,
+            "what gradients are made of": FLOAT * side_by_side * seen,
             "states before all blocks": FLOAT * states,
             "embedding and head": FLOAT * self.table * 2,
         }

@@ -89,11 +89,11 @@ def test_inputs_are_rounded_by_the_row(kind: Kind, worst: float) -> None:
     assert torch.allclose(Activations(kind).round(x * 8), found * 8, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "top"), [("int", 127), ("float", 448)])
-def test_inputs_past_a_static_scale_saturate(kind: Kind, top: int) -> None:
+@pytest.mark.parametrize(("kind", "least", "top"), [("int", -128, 127), ("float", -448, 448)])
+def test_inputs_past_a_static_scale_saturate(kind: Kind, least: int, top: int) -> None:
     x = torch.tensor([[0.25, 1e4], [-1e4, 0.25]])
     found = Activations(kind, 0.25).round(x)
-    assert found.tolist() == [[0.25, 0.25 * top], [-0.25 * top, 0.25]]
+    assert found.tolist() == [[0.25, 0.25 * top], [0.25 * least, 0.25]]
 
 
 def test_equal_activations_are_one() -> None:

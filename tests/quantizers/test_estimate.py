@@ -78,9 +78,18 @@ def as_said(found: dict[str, Any]) -> bool:
     return bool(0.65 * grown < said < 1.6 * grown) and not found["spilled"]
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq"])
-def test_memory_is_what_was_said(tmp_path: Path, source: Path, method: str) -> None:
-    found = run(source, tmp_path / "out", 0, method=method)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "rtn"},
+        {"method": "awq"},
+        {"method": "rtn", "target_bits": 5.0},
+        {"method": "gptq", "best": True, "steps": 2, "samples": 8},
+    ],
+    ids=["rtn", "awq", "chosen", "best"],
+)
+def test_memory_is_what_was_said(tmp_path: Path, source: Path, settings: dict[str, Any]) -> None:
+    found = run(source, tmp_path / "out", 0, **settings)
     assert as_said(found), found
 
 

@@ -113,8 +113,9 @@ def test_we_read_what_they_write(form: Form) -> None:
 
 @pytest.mark.parametrize("form", ROUNDED, ids=name_of)
 def test_inputs_are_rounded_as_they_round_them(form: Form) -> None:
-    """But for the ends of int8: engines, and we, let ±127 be the largest, and they -128 and 127.5."""
-    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(1)).clamp(-2.5, 2.5)
+    """But for a token's scale in int8: engines, and we, let 127 be the largest code, and they 127.5."""
+    x = torch.randn(7, 96, generator=torch.Generator().manual_seed(1)) * 1.5
+    assert form.inputs != "tensor" or form.kind != "int" or float(x.min()) < -128 * 0.02
     args = theirs(form)[1].input_activations
     scale = torch.tensor([0.02])
     zero = torch.zeros(1)

@@ -82,7 +82,7 @@ def code(pack, index: tl.constexpr, inverse, CLIP: tl.constexpr, T: tl.constexpr
     """round(element · inverse) in the low byte of an int32; the other bytes hold what rounding left."""
     v = element(pack, index, T) * inverse
     if CLIP:
-        v = tl.clamp(v, -127.0, 127.0)
+        v = tl.clamp(v, -128.0, 127.0)
     return (v + ROUND).to(tl.int32, bitcast=True)
 
 

@@ -57,7 +57,7 @@ def encoded(x, inverse, CLIP: tl.constexpr, T: tl.constexpr):
     if tl.int8 == T:
         v = x.to(tl.float32) * inverse
         if CLIP:
-            v = tl.clamp(v, -127.0, 127.0)
+            v = tl.clamp(v, -128.0, 127.0)
         return (v + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         v = tl.clamp(x.to(tl.float32) * inverse, -448.0, 448.0)

@@ -59,10 +59,10 @@ def test_zeros_stay_zeros(codes: torch.dtype, device: torch.device) -> None:
 
 
 def test_halves_round_to_even(device: torch.device) -> None:
-    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -127.0, 200.0]])
+    x = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, 126.5, -200.0, 200.0]])
     values, scales = room(1, 8, torch.int8, device)
     quantize(x.to(device), values, scales, static=1.0)
-    assert values.tolist() == [[0, 2, 2, 0, -2, 126, -127, 127]]
+    assert values.tolist() == [[0, 2, 2, 0, -2, 126, -128, 127]]
 
 
 @pytest.mark.parametrize("static", [None, 0.02], ids=["dynamic", "static"])
