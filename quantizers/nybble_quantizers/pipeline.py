@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nybble_models.checkpoint import Checkpoint
 from nybble_models.documents import read_documents
@@ -31,7 +33,14 @@ from nybble_quantizers.folding import float_weight
 from nybble_quantizers.journal import Journal
 from nybble_quantizers.origin import origin
 from nybble_quantizers.output import JOURNAL, appearing
-from nybble_quantizers.report import Listener, QuantizeProgress, QuantReport, block_reports, versions
+from nybble_quantizers.report import (
+    LayerReport,
+    Listener,
+    QuantizeProgress,
+    QuantReport,
+    block_reports,
+    versions,
+)
 from nybble_quantizers.rounding import naming, nearest_block
 from nybble_quantizers.scheme import Scheme
 from nybble_quantizers.selection import Selection, select, unfit
@@ -44,8 +53,14 @@ from nybble_quantizers.writer import ModelWriter
 
 log = logging.getLogger("nybble.quantize")
 
-Rounded = tuple[Block, Block, dict[str, Finding]]
-"""What was rounded, what it became, and what was found."""
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A block: what was rounded, how that went, and what is to be stored of it, by name with its kind."""
+
+    whole: Block
+    reports: list[LayerReport]
+    stored: dict[str, tuple[str, Tensor]]
 
 
 @torch.inference_mode()
@@ -225,33 +240,41 @@ class _Run:
                 each.restore(journal.states(first - 1))
         started = time.monotonic()
         for layer in range(first, total):
-            block, forms = read_block(self.placed, layer), self.selection.forms[layer]
-            folded, quantized, findings = self._passed(layer, block, stream, canary, run)
-            reports = block_reports(self._names(layer), forms, folded, quantized, findings)
+            made = self._passed(layer, read_block(self.placed, layer), stream, canary, run)
             states = {name: state for each in passing for name, state in each.kept().items()}
             if self.scheme.best:
-                journal.keep_whole(layer, {p: float_weight(folded.linears[p]).cpu() for p in forms})
-            journal.keep(layer, self.writer.block(layer, moved(quantized, CPU), forms), reports, states)
+                linears = {p: made.whole.linears[p] for p in self.selection.forms[layer]}
+                journal.keep_whole(layer, {p: float_weight(linear).cpu() for p, linear in linears.items()})
+            journal.keep(layer, made.stored, made.reports, states)
             if isinstance(self.loader.source, Checkpoint):
                 self.loader.source.release()
             left = (time.monotonic() - started) / (layer + 1 - first) * (total - layer - 1)
-            self.tell(QuantizeProgress("quantize", layer + 1, total, left, tuple(reports)))
+            self.tell(QuantizeProgress("quantize", layer + 1, total, left, tuple(made.reports)))
 
     def _passed(
         self, layer: int, block: Block, stream: Stream | None, canary: Canary | None, run: Map
-    ) -> Rounded:
-        """A block rounded and the canary past it, at the same time where rounding keeps one core busy."""
-        rounding = partial(self._rounded, layer, block, stream)
+    ) -> Finished:
+        """A block finished and the canary past it, at the same time where rounding keeps one core busy."""
+        finishing = partial(self._finished, layer, block, stream)
         if canary is None:
-            return rounding()
+            return finishing()
         if stream is not None:
             canary.advance(layer, block, run)
-            return rounding()
-        pieces: tuple[Callable[[], Any], ...] = rounding, partial(canary.advance, layer, block)
-        found: Rounded = run(_call, pieces)[0]
+            return finishing()
+        pieces: tuple[Callable[[], Any], ...] = finishing, partial(canary.advance, layer, block)
+        found: Finished = run(operator.call, pieces)[0]
         return found
 
-    def _rounded(self, layer: int, block: Block, stream: Stream | None) -> Rounded:
+    def _finished(self, layer: int, block: Block, stream: Stream | None) -> Finished:
+        forms = self.selection.forms[layer]
+        whole, quantized, findings = self._rounded(layer, block, stream)
+        reports = block_reports(self._names(layer), forms, whole, quantized, findings)
+        return Finished(whole, reports, self.writer.block(layer, moved(quantized, CPU), forms))
+
+    def _rounded(
+        self, layer: int, block: Block, stream: Stream | None
+    ) -> tuple[Block, Block, dict[str, Finding]]:
+        """(what was rounded, what it became, what was found) of a block."""
         forms = self.selection.forms[layer]
         with naming(f"layer {layer}"):
             if stream is not None:
@@ -273,7 +296,3 @@ class _Run:
 
     def _config(self) -> dict[str, object]:
         return config_of(self.loader, self.scheme, self.selection)
-
-
-def _call(piece: Callable[[], Any]) -> Any:
-    return piece()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
 
+from nybble_quantizers import columns
 from nybble_quantizers.columns import PlainColumns, columns_on
 from nybble_quantizers.loops import LANES, CompiledColumns
 
@@ -21,6 +24,16 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def test_the_processor_runs_compiled_loops() -> None:
     assert isinstance(columns_on(torch.device("cpu")), CompiledColumns)
     assert isinstance(columns_on(torch.device("cuda")), PlainColumns)
+
+
+def test_without_numba_pytorch_does_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "nybble_quantizers.loops", None)
+    columns._compiled.cache_clear()
+    assert isinstance(columns_on(torch.device("cpu")), PlainColumns)
+    assert "without Numba" in caplog.text
+    columns._compiled.cache_clear()
 
 
 @SYMMETRIC
@@ -68,9 +81,9 @@ def test_errors_are_spread_alike(inputs: int, count: int, static: bool) -> None:
     scales, zeros = random(rows, count, seed=2).abs() + 0.1, torch.full((rows, count), 8.0)
     upper = random(inputs, inputs, seed=3).triu(1) * 0.2 + torch.eye(inputs) * 0.7
     done = []
-    for columns in (PLAIN, COMPILED):
+    for each in (PLAIN, COMPILED):
         work, codes = random(inputs, count), torch.full((inputs, count), float("nan"))
-        errors = columns.compensate(work, codes, scales, zeros, upper, 15)
+        errors = each.compensate(work, codes, scales, zeros, upper, 15)
         assert torch.allclose(errors, (work - (codes - 8) * scales) / upper.diagonal()[:, None], atol=1e-5)
         done.append((work, codes, errors))
     (work, codes, errors), (also_work, also_codes, also_errors) = done
