@@ -84,7 +84,7 @@ def as_said(found: dict[str, Any]) -> bool:
         {"method": "rtn"},
         {"method": "awq"},
         {"method": "rtn", "target_bits": 5.0},
-        {"method": "gptq", "best": True, "steps": 2, "samples": 8},
+        {"method": "gptq", "best": True, "steps": 1, "samples": 4},
     ],
     ids=["rtn", "awq", "chosen", "best"],
 )
@@ -95,10 +95,10 @@ def test_memory_is_what_was_said(tmp_path: Path, source: Path, settings: dict[st
 
 def test_a_budget_is_kept_to_and_changes_no_byte(tmp_path: Path, source: Path) -> None:
     """The budget is between what is needed with states in files and with states in memory."""
-    free = run(source, tmp_path / "free", 0, method="gptq")
+    free = run(source, tmp_path / "free", 0, method="gptq", samples=12)
     assert as_said(free), free
     budget = free["said"] - (32 << 20)
-    tight = run(source, tmp_path / "tight", budget, method="gptq")
+    tight = run(source, tmp_path / "tight", budget, method="gptq", samples=12)
     assert tight["spilled"] and tight["said"] < budget
     assert tight["peak"] < budget, tight
     for file in (tmp_path / "free").iterdir():
