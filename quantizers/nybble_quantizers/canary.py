@@ -27,7 +27,7 @@ log = logging.getLogger("nybble.quantize")
 FILE = "canary.json"
 LENGTH = 32  # tokens of a prompt that are compared
 TOP = 20  # candidates kept of each position
-TOGETHER = 4  # prompts that pass the linears at once, which takes half the time that each alone would
+TOGETHER = 4  # prompts that pass an MLP at once: each alone would read its weights again
 
 PROMPTS = (
     "The harbour was quiet that morning. Two fishermen mended their nets while the ferry, late as always, "

@@ -111,6 +111,6 @@ def _compiled() -> Columns:
     try:
         from nybble_quantizers.loops import CompiledColumns
     except ImportError as error:
-        log.warning("without Numba GPTQ takes about twice as long: %s", error)
+        log.warning("without Numba GPTQ rounds more slowly: %s", error)
         return PlainColumns()
     return CompiledColumns()

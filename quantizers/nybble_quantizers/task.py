@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from nybble_quantizers.journal import fingerprint, key_of
 from nybble_quantizers.scheme import Scheme
 
 LAST_SEED = 2**31 - 1
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +32,21 @@ class Task:
     def __post_init__(self) -> None:
         if not 0 <= self.seed <= LAST_SEED:
             raise ModelError(f"seed is {self.seed}", hint=f"give 0 to {LAST_SEED}")
-        if self.base_model is not None and not HUB_ID.fullmatch(self.base_model):
-            raise ModelError(f"{self.base_model!r} is no id of the hub", hint="as meta-llama/Llama-3.2-1B")
+        if self.base_model is not None:
+            _check_id(self.base_model)
 
     @property
     def key(self) -> str:
         """The same task gives the same, whatever the memory: that changes no byte."""
         device = facts(self.device)
         return key_of(self.source, self.scheme, fingerprint(self.calibration), self.seed, device)
+
+
+def _check_id(name: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ModelError(f"{name!r} is no id of the hub", hint="as meta-llama/Llama-3.2-1B") from None

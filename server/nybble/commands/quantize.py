@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -31,6 +32,38 @@ STAGES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """What computes, and where fetched models are kept."""
+
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Parameter(help="what computes: auto takes a GPU where there is one, a block at a time"),
+    ] = "auto"
+    memory: Annotated[
+        str | None,
+        Parameter(
+            help="of the device, to keep to, as 8GiB; the text's states go to files where they do not fit"
+        ),
+    ] = None
+    cache_dir: Annotated[str, Parameter(help="where fetched models are kept (default ~/.cache/nybble)")] = ""
+
+    def budget(self) -> int:
+        """Bytes: as given, or all that are free there. Raises `ModelError` for a device that is not there."""
+        from nybble.engine.bandwidth import available_memory
+        from nybble_models.loader import CPU
+        from nybble_quantizers.device import device_named, free_memory
+        from nybble_quantizers.estimate import resident
+
+        device = device_named(self.device)
+        if self.memory is not None:
+            return in_bytes(self.memory)
+        return available_memory() + resident() if device == CPU else free_memory(device)
+
+
+HERE = Place()
+
+
 def quantize(
     source: Annotated[str, Parameter(help='model folder, .gguf file, hub id, or "default"')],
     /,
@@ -46,46 +79,29 @@ def quantize(
         Parameter(help="text that judges the result, for its report; no calibration text may quote it"),
     ] = None,
     seed: Annotated[int, Parameter(help="same seed, same bytes")] = 0,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"],
-        Parameter(help="what computes: auto takes a GPU where there is one, a block at a time"),
-    ] = "auto",
-    memory: Annotated[
-        str | None,
-        Parameter(
-            help="of the device, to keep to, as 8GiB; the text's states go to files where they do not fit"
-        ),
-    ] = None,
+    place: Annotated[Place, Parameter(name="*")] = HERE,
     dry_run: Annotated[
         bool, Parameter(help="print memory, disk and time that it will take, and write nothing", negative=())
     ] = False,
     base_model: Annotated[
         str | None, Parameter(help="hub id of the source, for the model card; the hub's cache tells it too")
     ] = None,
-    cache_dir: Annotated[str, Parameter(help="where fetched models are kept (default ~/.cache/nybble)")] = "",
 ) -> None:
     """Write a quantized copy of a model. The same command after a crash goes on where it stood."""
     if output.exists():
         raise UsageError(f"{output}: exists already", hint="name another folder with -o, or remove it")
     log.configure("warning")
-    from nybble.engine.bandwidth import available_memory
     from nybble_models.hub import fetch
-    from nybble_models.loader import CPU
-    from nybble_quantizers.device import device_named, free_memory
-    from nybble_quantizers.estimate import resident
     from nybble_quantizers.pipeline import foresee
     from nybble_quantizers.pipeline import quantize as write
     from nybble_quantizers.scheme import preset
 
-    wanted = preset(recipe.preset, **recipe.changes())
-    place = device_named(device)
-    room = available_memory() + resident() if place == CPU else free_memory(place)
-    budget = room if memory is None else in_bytes(memory)
-    cache = ServeConfig(cache_dir=cache_dir).cache_path
+    wanted, budget = preset(recipe.preset, **recipe.changes()), place.budget()
+    cache = ServeConfig(cache_dir=place.cache_dir).cache_path
     with display() as shown:
         local = fetch(source, cache, lambda text: shown.update(text, 0.0))
         if dry_run:
-            found = foresee(local, wanted, calibration=calibration, memory=budget, device=device)
+            found = foresee(local, wanted, calibration=calibration, memory=budget, device=place.device)
             shown.close()
             print(dry_run_of(found, budget, output))
             return
@@ -101,13 +117,13 @@ def quantize(
             progress=Steps(shown),
             command=shlex.join(["nybble", *sys.argv[1:]]),
             memory=budget,
-            device=device,
+            device=place.device,
             base_model=base_model,
         )
         shown.close()
     print(summary(output, report))
     if evaluation is not None:
-        judge(output, local, evaluation, cache_dir)
+        judge(output, local, evaluation, place.cache_dir)
 
 
 class Steps:
